@@ -68,8 +68,9 @@ class Orientation:
             stored = base[name].shape
             if len(stored) != 2 or stored[0] == stored[1]:
                 continue
-            if (vote := _infer_nonsquare_in_out(base, name, shapes)) is not None:
-                self._votes.update(dict.fromkeys(_list_groups(name), 1 if vote else -1))
+            is_in_out = _infer_nonsquare_in_out(base, name, shapes)
+            if is_in_out is not None:
+                self._votes.update(dict.fromkeys(_list_groups(name), 1 if is_in_out else -1))
 
     def in_out(self, name: str, expected: Shape, stored: tuple[int, ...]) -> bool:
         """Return whether a weight is stored as ``(in, out)``."""
@@ -78,8 +79,10 @@ class Orientation:
         fits_as_stored = shapes_agree(expected, stored)
         if fits_as_stored != shapes_agree(expected[::-1], stored):
             return not fits_as_stored
-        votes = next((votes for group in _list_groups(name) if (votes := self._votes[group])), 0)
-        return votes > 0 if votes else self._flag
+        for group in _list_groups(name):
+            if votes := self._votes[group]:
+                return votes > 0
+        return self._flag
 
 
 def _list_groups(name: str) -> tuple[str, str]:
@@ -96,10 +99,10 @@ def _infer_nonsquare_in_out(
     """Return whether a weight that is not square is stored as ``(in, out)``; None if unknown."""
     stored = base[name].shape
     expected = shapes.get(name)
-    if expected is not None and shapes_agree(expected, stored) != shapes_agree(
-        expected[::-1], stored
-    ):
-        return not shapes_agree(expected, stored)
+    if expected is not None:
+        fits_as_stored = shapes_agree(expected, stored)
+        if fits_as_stored != shapes_agree(expected[::-1], stored):
+            return not fits_as_stored
     bias = name.removesuffix("weight") + "bias"
     if not name.endswith(".weight") or bias not in base or len(base[bias].shape) != 1:
         return None
@@ -155,21 +158,19 @@ def place_updates(
         UsageError: A regular expression is not valid.
     """
     selected = deltas.selector(layers, exclude)
-    placed = (
-        _place_without_base(source, reading)
-        if base is None
-        else _place_on_base(source, reading, base)
-    )
-    changes, unpaired, notes = placed
-    missing = [item for item in unpaired if item.reason == "not_in_base"]
-    if missing and not allow_unmatched:
-        raise _make_unmatched_error(source, cast(Checkpoint, base), missing)
-    chosen = [delta for delta in changes if selected(delta.layer)]
-    unpaired += [
-        Unpaired.by_selection(delta.layer, delta.shape)
-        for delta in changes
-        if not selected(delta.layer)
-    ]
+    if base is None:
+        changes, unpaired, notes = _place_without_base(source, reading)
+    else:
+        changes, unpaired, notes = _place_on_base(source, reading, base)
+        missing = [item for item in unpaired if item.reason == "not_in_base"]
+        if missing and not allow_unmatched:
+            raise _make_unmatched_error(source, base, missing)
+    chosen = []
+    for delta in changes:
+        if selected(delta.layer):
+            chosen.append(delta)
+        else:
+            unpaired.append(Unpaired.by_selection(delta.layer, delta.shape))
     if not chosen:
         raise _make_nothing_measured_error(source, unpaired)
     ordered = sorted(chosen, key=lambda delta: deltas.natural_order(delta.layer))
@@ -196,10 +197,9 @@ def _make_nothing_measured_error(
     """Return the error of an adapter of which no ΔW is measured."""
     reasons = {item.reason for item in unpaired}
     if reasons == {"needs_base"}:
-        fix = (
-            f"run loradiag spectrum BASE {source.path}, or loradiag fleet {source.path} --base BASE"
-        )
-        return InputError(f"{source.path}: {unpaired[0].layer}: {unpaired[0].detail}; {fix}")
+        path = source.path
+        fix = f"run loradiag spectrum BASE {path}, or loradiag fleet {path} --base BASE"
+        return InputError(f"{path}: {unpaired[0].layer}: {unpaired[0].detail}; {fix}")
     listed = ", ".join(sorted(reasons)) or "it holds none"
     return NothingComparedError(
         f"{source.path}: no weight of the adapter can be measured ({listed})"
@@ -216,24 +216,21 @@ def _place_without_base(
         layer = update.layer
         shape = tuple(size for size in update.shape if size is not None)
         if update.needs_weight or len(shape) < len(update.shape):
-            why = (
-                f"{update.needs_weight or reading.kind.partition(',')[0]} computes its ΔW from "
-                "the base weight"
-            )
-            unpaired.append(Unpaired(layer, shape, "needs_base", f"{why}, so BASE is needed"))
+            kind = update.needs_weight or reading.kind.partition(",")[0]
+            why = f"{kind} computes its ΔW from the base weight, so BASE is needed"
+            unpaired.append(Unpaired(layer, shape, "needs_base", why))
         elif not update.optional:
-            changes.append(
-                _make_delta(
-                    layer, [Piece(update, Location(layer, layer, shape), Site(shape))], None
-                )
-            )
+            piece = Piece(update, Location(layer, layer, shape), Site(shape))
+            changes.append(_make_delta(layer, [piece], None))
     for value in reading.values:
         if not value.is_copy:
             shape = source.checkpoint[value.key].shape
             detail = "the adapter holds its new value and not its change, so BASE is needed"
             unpaired.append(Unpaired(value.weight, shape, "needs_base", detail))
-    in_llama_order = any(update.heads for update in reading.updates)
-    return changes, unpaired, [LLAMA_ROWS] if in_llama_order else []
+    notes = []
+    if any(update.heads for update in reading.updates):
+        notes.append(LLAMA_ROWS)
+    return changes, unpaired, notes
 
 
 def _place_on_base(
@@ -242,10 +239,10 @@ def _place_on_base(
     """Return the ΔW of an adapter relative to its BASE, the skipped weights and rows, and notes."""
     copies, values = _sort_values(source, reading, base)
     pieces, missing = _match_pieces(source, reading, base)
-    unpaired = [
-        Unpaired(name, tuple(size for size in shape if size is not None), "not_in_base", why)
-        for name, (shape, why) in missing.items()
-    ]
+    unpaired = []
+    for name, (shape, why) in missing.items():
+        known = tuple(size for size in shape if size is not None)
+        unpaired.append(Unpaired(name, known, "not_in_base", why))
     pieces_by_layer: dict[str, list[Piece]] = {}
     for piece in pieces:
         pieces_by_layer.setdefault(piece.location.layer, []).append(piece)
@@ -253,19 +250,16 @@ def _place_on_base(
     changes: list[Delta] = []
     for layer, layer_pieces in pieces_by_layer.items():
         _refuse_overlap(source, layer, layer_pieces)
-        copy = copies.pop(layer_pieces[0].location.name, None)
-        plus = partial(subtract_base, source.checkpoint, copy.key) if copy is not None else None
+        plus = None
+        if copy := copies.pop(layer_pieces[0].location.name, None):
+            plus = partial(subtract_base, source.checkpoint, copy.key)
         changes.append(_make_delta(layer, layer_pieces, plus))
     value_deltas, skipped = _pair_new_values(source, [*values, *copies.values()], base)
-    changed_names = {piece.location.name for piece in pieces} | {
-        delta.base.name for delta in value_deltas
-    }
+    locations = [piece.location for piece in pieces]
+    changed_names = {place.name for place in locations}
+    changed_names.update(delta.base.name for delta in value_deltas)
     notes = [f"adapts {len(changed_names)} of {len(base)} tensors of BASE"]
-    heads = {
-        piece.location.layer
-        for piece in pieces
-        if "lm_head" in piece.location.layer != piece.location.name
-    }
+    heads = {place.layer for place in locations if "lm_head" in place.layer != place.name}
     effect = (
         "its update is reported under its own name, and a merge adds it to the one stored weight"
     )
@@ -281,15 +275,12 @@ def _refuse_overlap(source: AdapterFiles, layer: str, pieces: list[Piece]) -> No
     """
     owners: dict[tuple[int, int] | None, str] = {}
     for piece in pieces:
-        key = piece.location.into
-        if owners.setdefault(key, piece.update.weight) != piece.update.weight or (
-            None in owners and len(owners) > 1
-        ):
+        weight = piece.update.weight
+        is_owned = owners.setdefault(piece.location.into, weight) != weight
+        if is_owned or (None in owners and len(owners) > 1):
             names = " and ".join(sorted({other.update.weight for other in pieces})[:2])
-            raise InputError(
-                f"{source.path}: {names} are both {layer} in BASE; give the matching part of the "
-                "model"
-            )
+            problem = f"{names} are both {layer} in BASE"
+            raise InputError(f"{source.path}: {problem}; give the matching part of the model")
 
 
 def _match_pieces(
@@ -311,17 +302,23 @@ def _match_pieces(
     orientation = Orientation(base, shapes, flag)
     model_type = _read_model_type(base, source)
     pieces = []
-    for update in (reorder_rows(update, base) for update in reading.updates):
+    optional = set()
+    for update in reading.updates:
+        update = reorder_rows(update, base)
+        name = update.expected[0]
+        if update.optional:
+            optional.add(name)
         index = 0 if update.expert is None else update.expert[0]
-        for location in matched.get(update.expected[0], ()):
+        for location in matched.get(name, ()):
             if location.index == index:
                 in_out = _is_in_out(update, location, orientation, model_type)
-                location = replace(location, layer=update.weight) if update.keeps_name else location
+                if update.keeps_name:
+                    location = replace(location, layer=update.weight)
                 pieces.append(_make_piece(update, location, base, in_out))
-    optional = {update.expected[0] for update in reading.updates if update.optional}
-    return pieces, {
+    unmatched = {
         name: (expected[name], why) for name, why in missing.items() if name not in optional
     }
+    return pieces, unmatched
 
 
 def _is_in_out(
@@ -343,28 +340,22 @@ def _make_piece(update: Update, location: Location, base: Checkpoint, in_out: bo
         InputError: The update needs W, of which BASE does not give floats, or all rows of a resized
             vocabulary.
     """
-    whole_side = (
-        Side(base, location.name, location.offset)
-        if base[location.name].dtype in FLOAT_DTYPES
-        else None
-    )
-    side = whole_side
-    if whole_side is not None and location.into is not None:
-        side = replace(whole_side, offset=whole_side.offset + location.into[0] * location.shape[1])
-    if side is None and update.needs_weight:
-        problem = (
-            f"is stored as {base[location.name].dtype}, but {update.needs_weight} needs a "
-            "float weight"
-        )
-        raise damaged(
-            base.file_of(location.name), f"{location.name} {problem}", "give the unquantized base"
-        )
-    stored = (
-        location.shape
-        if location.into is None
-        else (location.into[1] - location.into[0], location.shape[1])
-    )
-    shape = stored[::-1] if in_out else stored
+    name = location.name
+    whole_side = side = None
+    shape = location.shape
+    if base[name].dtype in FLOAT_DTYPES:
+        whole_side = side = Side(base, name, location.offset)
+    elif update.needs_weight:
+        need = f"{update.needs_weight} needs a float weight"
+        problem = f"{name} is stored as {base[name].dtype}, but {need}"
+        raise damaged(base.file_of(name), problem, "give the unquantized base")
+    if location.into is not None:
+        first, last = location.into
+        shape = last - first, shape[1]
+        if side is not None:
+            side = replace(side, offset=side.offset + first * shape[1])
+    if in_out:
+        shape = shape[::-1]
     if update.expert is None and location.rows is not None and not update.factored:
         problem = (
             "has another vocabulary size in BASE than in the adapter, but its update needs all rows"
@@ -379,8 +370,10 @@ def _read_model_type(base: Checkpoint, source: AdapterFiles) -> str:
     """
     if isinstance(name := base.config.get("model_type"), str):
         return name
-    mapping = source.config.table("auto_mapping") if source.config is not None else {}
-    return str(mapping.get("parent_library", "")).rpartition(".modeling_")[2]
+    if source.config is None:
+        return ""
+    library = source.config.table("auto_mapping").get("parent_library", "")
+    return str(library).rpartition(".modeling_")[2]
 
 
 def _make_delta(
@@ -390,31 +383,27 @@ def _make_delta(
     its weight.
     """
     first = pieces[0]
-    shape = first.location.shape if len(first.location.shape) == 2 else (1, first.location.shape[0])
+    location = first.location
+    is_matrix = len(location.shape) == 2
+    shape = (location.shape[0] if is_matrix else 1, location.shape[-1])
     dtypes = (first.base.dtype if first.base is not None else None, first.update.dtype)
-    common: dict[str, Any] = {"base": first.base, "transposed": first.site.transposed}
-    if plus is None and all(piece.update.factored for piece in pieces):
-        scales = {piece.update.scale for piece in pieces}
-        scale = scales.pop() if len(scales) == 1 else None
-        diagonal = any(piece.update.diagonal for piece in pieces)
-        load = partial(load_factors, pieces)
-        is_part = first.location.rows is not None or first.location.into is not None
-        thin = None if len(pieces) > 1 or is_part or first.site.transposed else first.update.thin
-        rank = sum(piece.update.rank or 0 for piece in pieces)
-        return FactoredDelta(
-            layer,
-            shape,
-            load,
-            dtypes,
-            scale=scale,
-            diagonal=diagonal,
-            rank=rank,
-            thin=thin,
-            **common,
-        )
-    is_matrix = len(first.location.shape) == 2
-    return DenseDelta(
-        layer, shape, partial(load_dense, pieces, plus), dtypes, is_matrix=is_matrix, **common
+    transposed = first.site.transposed
+    common: dict[str, Any] = {"base": first.base, "transposed": transposed}
+    if plus is not None or not all(piece.update.factored for piece in pieces):
+        dense = partial(load_dense, pieces, plus)
+        return DenseDelta(layer, shape, dense, dtypes, is_matrix=is_matrix, **common)
+    scales = {piece.update.scale for piece in pieces}
+    is_part = location.rows is not None or location.into is not None
+    return FactoredDelta(
+        layer,
+        shape,
+        partial(load_factors, pieces),
+        dtypes,
+        scale=scales.pop() if len(scales) == 1 else None,
+        diagonal=any(piece.update.diagonal for piece in pieces),
+        rank=sum(piece.update.rank or 0 for piece in pieces),
+        thin=None if len(pieces) > 1 or is_part or transposed else first.update.thin,
+        **common,
     )
 
 
@@ -487,13 +476,16 @@ def _sort_values(
     equal copies.
     """
     copies: dict[str, NewValue] = {}
+    others: list[NewValue] = []
     for value in reading.values:
-        if value.is_copy:
-            matched, _ = match_names({value.weight: source.checkpoint[value.key].shape}, base)
-            name = matched[value.weight][0].name if value.weight in matched else value.weight
-            if name not in base or not _equals_base(source, value.key, base, name):
-                copies[name] = value
-    return copies, [value for value in reading.values if not value.is_copy]
+        if not value.is_copy:
+            others.append(value)
+            continue
+        matched, _ = match_names({value.weight: source.checkpoint[value.key].shape}, base)
+        name = matched[value.weight][0].name if value.weight in matched else value.weight
+        if name not in base or not _equals_base(source, value.key, base, name):
+            copies[name] = value
+    return copies, others
 
 
 def _equals_base(source: AdapterFiles, key: str, base: Checkpoint, name: str) -> bool:
@@ -534,32 +526,22 @@ def _pair_new_values(
             continue
         offset = 0
         for location in matched[value.weight]:
-            before, after = (
-                Side(base, location.name, location.offset),
-                Side(source.checkpoint, value.key, offset),
-            )
+            layer = location.layer
+            before = Side(base, location.name, location.offset)
+            after = Side(source.checkpoint, value.key, offset)
             not_float = {before.dtype, after.dtype} - FLOAT_DTYPES
             if not_float:
-                detail = (
-                    f"stored as {', '.join(sorted(not_float))}, which is not a plain "
-                    "floating-point weight"
-                )
-                unpaired.append(Unpaired(location.layer, shape, "not_float", detail))
+                stored = f"stored as {', '.join(sorted(not_float))}"
+                detail = f"{stored}, which is not a plain floating-point weight"
+                unpaired.append(Unpaired(layer, shape, "not_float", detail))
             elif len(location.shape) == 1:
-                changes.append(
-                    StoredDelta(
-                        location.layer, (1, location.shape[0]), before, after, is_matrix=False
-                    )
-                )
+                row = (1, location.shape[0])
+                changes.append(StoredDelta(layer, row, before, after, is_matrix=False))
             else:
-                changes.append(
-                    StoredDelta(
-                        location.layer, (location.shape[0], location.shape[1]), before, after
-                    )
-                )
-                if (
-                    location.rows is not None and len(shape) == 2
-                ):  # for experts, those of one matrix in the stack
-                    unpaired.append(deltas.added_rows(location.layer, before, after))
+                rows, columns = location.shape
+                changes.append(StoredDelta(layer, (rows, columns), before, after))
+                # Rows of a 3-D tensor are those of one matrix in a stack of experts.
+                if location.rows is not None and len(shape) == 2:
+                    unpaired.append(deltas.added_rows(layer, before, after))
             offset += math.prod(location.shape)
     return changes, unpaired

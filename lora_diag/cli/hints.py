@@ -56,15 +56,14 @@ def _fill_in(hint: Hint, values: Mapping[str, Any]) -> list[str] | None:
     ['plan', 'my base', '--ranks', '8']
     >>> _fill_in(Hint("inspect {output}", "this table"), {"output": None})
     """
-    needed = re.findall(r"\{(\w+)\}", hint.command)
-    if hint.saved:
-        needed.append("output")
-    if not all(values[name] for name in needed):
+    if hint.saved and not values["output"]:
         return None
     words: list[str] = []
     for word in shlex.split(hint.command):
         match = re.fullmatch(r"\{(\w+)\}", word)
-        value = values[match[1]] if match else word
+        value = values.get(match[1]) if match else word
+        if not value:
+            return None
         words += map(str, value) if isinstance(value, list | tuple) else [str(value)]
     if not hint.command.startswith("-"):
         return words

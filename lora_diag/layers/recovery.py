@@ -437,7 +437,6 @@ def recover_layer(
     model = _fit_model(pair, cells, merged, size, start, seed, keep)
     fit = model.fit
     size = model.size
-    scales = model.scales
     common: dict[str, Any] = {
         "unchanged": unchanged,
         "start": start,
@@ -446,9 +445,9 @@ def recover_layer(
         "fit_chi": fit.chi,
         "fit_misplaced": fit.misplaced,
         "fit_uneven": fit.unevenness,
-        "scales": scales is not None,
+        "scales": model.scales is not None,
     }
-    if scales is None and model.recovered is None:
+    if model.scales is None and model.recovered is None:
         common["kurtosis"] = model.law.shape.kurtosis
     if fit.is_rejected(start):
         reason = (
@@ -461,12 +460,28 @@ def recover_layer(
     recovered = model.recovered
     if recovered is None:
         recovered = recover(model.cells, size, seed, keep)
+    return _estimate_update(model, recovered, common, ranks, pair.unit)
+
+
+def _estimate_update(
+    model: _Model, recovered: Recovered, common: dict[str, Any], ranks: Sequence[int], unit: float
+) -> Estimate:
+    """Return the estimate of a layer whose changed entries fit the model.
+
+    Args:
+        model: The model.
+        recovered: The directions.
+        common: Fields of the record.
+        ranks: Ranks of C(r).
+        unit: Unit of the cells.
+    """
+    scales = model.scales
     fro_estimate, error, density = _measure_norm(model)
     fault = _find_fault(recovered, scales, fro_estimate)
     if fault is not None and model.recovered is not None:
         reason = f"one size does not fit without directions, and {fault}"
         return Estimate(Hidden(status="refused", reason=reason, **common))
-    stored_fro = fro_estimate * pair.unit
+    stored_fro = fro_estimate * unit
     common |= {
         "kurtosis": None if density is None else density.kurtosis,
         "fro_estimate": stored_fro,
@@ -480,10 +495,10 @@ def recover_layer(
         hidden = Hidden(
             status="size_only", reason=fault or no_gain, gain_z=recovered.z, directions=0, **common
         )
-        return Estimate(hidden, model.cells, model.law, scales, pair.unit)
+        return Estimate(hidden, model.cells, model.law, scales, unit)
     bounded = _bound_flat_update(recovered, density)
     curve, curve_fields = _compute_energy_curves(
-        bounded, size, scales, fro_estimate, error, ranks, pair.unit
+        bounded, model.size, scales, fro_estimate, error, ranks, unit
     )
     reason = (
         f"{recovered.low_rank.rank} directions predict held-out entries better than the size "
@@ -501,7 +516,7 @@ def recover_layer(
         **curve_fields,
     )
     law = Law(recovered.deviation, recovered.low_rank)
-    return Estimate(hidden, model.cells, law, scales, pair.unit, curve)
+    return Estimate(hidden, model.cells, law, scales, unit, curve)
 
 
 def _pair_sides(delta: StoredDelta, fro: float, device: torch.device) -> _StoredPair | Estimate:
@@ -847,51 +862,50 @@ def _compute_energy_curves(
     low_rank = recovered.low_rank
     assert low_rank is not None
     shape = (low_rank.u.shape[0], low_rank.vh.shape[1])
-    x, tau, spread = low_rank.values.debiased, low_rank.values.noise, 1.0
-    detected, low = _measure_values(recovered, scales, fro), x - Z95 * tau
+    x = low_rank.values.debiased
+    tau = low_rank.values.noise
+    spread = 1.0
+    detected = _measure_values(recovered, scales, fro)
+    low = x - Z95 * tau
     if scales is not None:
         assert recovered.held_out is not None
         assert recovered.unseen is not None
-        spread = math.sqrt(
-            float((scales.rows.double() ** 2).mean() * (scales.columns.double() ** 2).mean())
+        row_mean, column_mean = (
+            (factor.double() ** 2).mean() for factor in (scales.rows, scales.columns)
         )
+        spread = math.sqrt(float(row_mean * column_mean))
         x = hidden_models.unscale(low_rank.with_lengths(x), scales)[1].cpu()
-        unseen, deviation = recovered.unseen, recovered.deviation
         lengths, errors = hidden_models.measure_lengths(
-            recovered.held_out, unseen, deviation, scales
+            recovered.held_out, recovered.unseen, recovered.deviation, scales
         )
         low = lengths - Z95 * errors
+    entries = math.prod(shape)
     count = min(shape)
-    remainder = math.sqrt(
-        max(0.0, size.deviation**2 - float((low_rank.values.debiased**2).sum()) / math.prod(shape))
-    )
-    unseen = tau * spread * math.prod(shape) ** 0.25
-    high = add_noise(x + Z95 * tau * spread, shape, remainder * spread)
-    beyond = max(unseen, float(add_noise(torch.zeros(1), shape, remainder * spread)[0]))
+    explained = float((low_rank.values.debiased**2).sum()) / entries
+    remainder = math.sqrt(max(0.0, size.deviation**2 - explained)) * spread
+    high = add_noise(x + Z95 * tau * spread, shape, remainder)
+    unseen = tau * spread * entries**0.25
+    beyond = max(unseen, float(add_noise(torch.zeros(1), shape, remainder)[0]))
     high = torch.cat([high, torch.full((count - len(high),), beyond, dtype=high.dtype)])
     # Directions hold no more than X: otherwise lower ends would be clipped at 1, and would exclude
     # the truth.
     values = (detected * min(1.0, fro / float(torch.linalg.vector_norm(detected)))).numpy()
     curve = np.minimum(1.0, np.cumsum((values / fro) ** 2))
     low = low.clamp(min=0.0)
-    lower = (
-        np.cumsum(low.numpy() ** 2)
-        / max(fro * math.exp(Z95 * error), float(torch.linalg.vector_norm(low))) ** 2
-    )
-    lower = np.minimum(
-        np.append(lower, np.full(max(0, len(curve) - len(lower)), lower[-1]))[: len(curve)], curve
-    )
+    largest = max(fro * math.exp(Z95 * error), float(torch.linalg.vector_norm(low)))
+    lower = np.cumsum(low.numpy() ** 2) / largest**2
+    rest = max(0, len(curve) - len(lower))
+    lower = np.minimum(np.append(lower, np.full(rest, lower[-1]))[: len(curve)], curve)
     lowest = fro * math.exp(-Z95 * error)
     upper = np.cumsum((high.numpy() / lowest) ** 2)
     if recovered.upper is not None:
         highest = recovered.upper.numpy()[: len(x)]
-        noisy = add_noise(x, shape, remainder * spread).numpy()
+        noisy = add_noise(x, shape, remainder).numpy()
         allowed = np.cumsum((noisy / lowest) ** 2)[: len(highest)] * highest
         more = np.maximum(0.0, allowed - upper[: len(highest)])
         upper += np.append(more, np.full(count - len(more), more[-1]))
     upper[: len(curve)] = np.maximum(upper[: len(curve)], curve)
-    upper = np.maximum.accumulate(upper)
-    upper = np.minimum(1.0, upper)
+    upper = np.minimum(1.0, np.maximum.accumulate(upper))
 
     def at(values: NDArray[np.float64], rank: int) -> float:
         return float(values[min(rank, len(values)) - 1])

@@ -131,15 +131,14 @@ class Results(Generic[L]):
     def _describe_unknown(self, name: str) -> str:
         """Return the message for a layer without records, with similar names."""
         names = list(dict.fromkeys(record.layer for record in self.layers))
-        layer_by_name = {layer.removesuffix(".weight"): layer for layer in reversed(names)}
+        stems = list(dict.fromkeys(layer.removesuffix(".weight") for layer in names))
         stem = name.removesuffix(".weight")
-        close = [short for short in layer_by_name if stem and stem in short][::-1][
-            :3
-        ] or get_close_matches(stem, layer_by_name)
-        hint = (
-            f"; did you mean {', '.join(close)}?" if close else f"; there are {len(names)} layers"
-        )
-        return f"{name}: no record of this layer{hint}"
+        close = [short for short in stems if stem and stem in short][:3]
+        close = close or get_close_matches(stem, stems)
+        hint = f"there are {len(names)} layers"
+        if close:
+            hint = f"did you mean {', '.join(close)}?"
+        return f"{name}: no record of this layer; {hint}"
 
     @property
     def non_finite(self) -> tuple[LeftOut, ...]:
@@ -206,12 +205,8 @@ class Results(Generic[L]):
 
         if not overwrite:
             refuse_other_run(Path(path), self.run)
-        write_whole(
-            Path(path),
-            "".join(f"{line}\n" for line in lines_of(self.records())),
-            RESULTS,
-            overwrite,
-        )
+        text = "".join(f"{line}\n" for line in lines_of(self.records()))
+        write_whole(Path(path), text, RESULTS, overwrite)
 
     def columns(self, values: bool = False, kind: str | None = None) -> dict[str, list[Any]]:
         """Return a tidy table of the records by columns, for any data frame library.
@@ -257,14 +252,10 @@ class Results(Generic[L]):
             import pandas as pd
 
         table = self.columns(values, kind)
-        return pd.DataFrame(
-            {
-                name: pd.array(column, dtype="Int64")
-                if {int, NoneType} == set(map(type, column))
-                else column
-                for name, column in table.items()
-            }
-        )
+        for name, column in table.items():
+            if {int, NoneType} == set(map(type, column)):
+                table[name] = pd.array(column, dtype="Int64")
+        return pd.DataFrame(table)
 
     def to_arrow(self, values: bool = False, kind: str | None = None) -> Any:
         """Return ``columns`` as a ``pyarrow.Table``, which other libraries read without a copy.

@@ -47,19 +47,23 @@ MAX_NAMED = 4
 
 # Options that every sweep of a search has in common.
 SWEEP_OPTIONS = (
-    *(
-        "data",
-        "evaluate",
-        "shifted",
-        "batch",
-        "max_sequences",
-        "length",
-        "tokenizer",
-        "dtype",
-        "device",
-        "concurrent",
-    ),
-    *("seed", "tolerance", "targets", "dora", "rslora", "quantized", "gradient_checkpointing"),
+    "data",
+    "evaluate",
+    "shifted",
+    "batch",
+    "max_sequences",
+    "length",
+    "tokenizer",
+    "dtype",
+    "device",
+    "concurrent",
+    "seed",
+    "tolerance",
+    "targets",
+    "dora",
+    "rslora",
+    "quantized",
+    "gradient_checkpointing",
 )
 
 # The reason of a decision after a contest with the incumbent, by its outcome.
@@ -131,7 +135,8 @@ class Tuner:
             self._report_batches,
             self.workers,
         )
-        self._steps, self._batches = self.plan.steps, self.run_.batches(sets)
+        self._steps = self.plan.steps
+        self._batches = self.run_.batches(sets)
         self.slots = 1 if self.workers is None else self.workers.slots
         self.kept.watch.total = sum(stage.runs for stage in self.plan.stages) * self.plan.steps
 
@@ -153,8 +158,10 @@ class Tuner:
         """Seconds left for the search, without those to train the choice and compare it; infinite
         without a limit.
         """
-        comparison = COMPARED * self.deadline.pace * self.plan.evaluation_seconds
-        return self.deadline.left - comparison - (0.0 if self._has_adapter else self.one_run)
+        left = self.deadline.left - COMPARED * self.deadline.pace * self.plan.evaluation_seconds
+        if not self._has_adapter:
+            left -= self.one_run
+        return left
 
     def allows(self, runs: float) -> bool:
         """Return whether there is time for this number of runs."""
@@ -190,7 +197,8 @@ class Tuner:
             reason: Its reason.
             **fields: Further fields of that decision.
         """
-        earlier, is_trial = self.find_decision(*decision), decision[0] in TRIAL_STAGES
+        earlier = self.find_decision(*decision)
+        is_trial = decision[0] in TRIAL_STAGES
         if earlier is None:
             is_allowed = self.allows(runs) and not (is_trial and self._trained >= self.plan.trials)
         else:
@@ -219,24 +227,24 @@ class Tuner:
             TimeIsUpError: The time limit is over, in a block that it applies to.
         """
         self.kept.watch.batch(label, count)
-        before = self._events if label == self._label else 0
-        self._label, self._events = label, before + count
-        steps = max(
-            0, min(self._events, self._steps) - before
-        )  # a run has its steps first, then its evaluation
-        step_seconds = (
-            self.plan.full_step_seconds if label.startswith("full ") else self.plan.step_seconds
-        )
-        planned = (
-            steps * step_seconds + (count - steps) * self.plan.evaluation_seconds / self._batches
-        )
+        if label != self._label:
+            self._label = label
+            self._events = 0
+        before = self._events
+        self._events += count
+        # A run has its steps first, then its evaluation.
+        steps = max(0, min(self._events, self._steps) - before)
+        plan = self.plan
+        step_seconds = plan.full_step_seconds if label.startswith("full ") else plan.step_seconds
+        planned = steps * step_seconds + (count - steps) * plan.evaluation_seconds / self._batches
         self.deadline.count(planned / self.slots, self.planned_run)
         if self._is_limited and self.left < 0:
             raise TimeIsUpError
 
     def _report_progress(self, event: Progress) -> None:
         """Pass on the progress of a sweep, whose events may be of several steps or of none."""
-        count, self._seen = event.done - self._seen, event.done
+        count = event.done - self._seen
+        self._seen = event.done
         self._report_batches(event.label, count)
 
     # -- records
@@ -294,18 +302,23 @@ class Tuner:
         BASE has no loss.
         """
         base = self._get_base(name).loss
-        return (
-            []
-            if base is None
-            else [base - loss for loss in self._get_losses(variant, name).values()]
-        )
+        if base is None:
+            return []
+        return [base - loss for loss in self._get_losses(variant, name).values()]
+
+    def _get_shifted_gains(self, variant: Variant) -> list[float]:
+        """Return the gains of a configuration on the first shifted set; empty without one."""
+        return self._get_gains(variant, self.shifted[0]) if self.shifted else []
 
     def _get_full_gain(self) -> float | None:
         """Return the mean gain of full fine-tuning on the deciding set; None if it was not trained
         or has none.
         """
-        base, row = self._get_base(self.own).loss, self.swept.lines.get("full")
-        return None if base is None or row is None or row.mean >= base else base - row.mean
+        base = self._get_base(self.own).loss
+        row = self.swept.lines.get("full")
+        if base is None or row is None or row.mean >= base:
+            return None
+        return base - row.mean
 
     # -- stages
     # ------------------------------------------------------------
@@ -329,11 +342,9 @@ class Tuner:
             params=plan.params(plan.largest),
         )
         for omission in plan.left_out:  # without a note: the plan was printed
-            why = (
-                OMITTED
-                if omission != Omission.FULL_NEEDS_FLOAT32
-                else "--dtype or --quantized is given"
-            )
+            why = OMITTED
+            if omission == Omission.FULL_NEEDS_FLOAT32:
+                why = "--dtype or --quantized is given"
             seconds = plan.saved.get(omission)
             self.kept.put(
                 TuneDecision(
@@ -390,7 +401,8 @@ class Tuner:
         """Run ``probe sweep``, or resume or extend that in the file; return its results up to the
         time limit.
         """
-        path, self._seen = self.folder / file, 0
+        path = self.folder / file
+        self._seen = 0
         shared = self.run_.settings(*SWEEP_OPTIONS)
         shared |= {"engine": self.run_.on, "on_progress": self._report_progress}
         options = {"steps": self.plan.steps, "widen": self.plan.widen, **options}
@@ -410,15 +422,14 @@ class Tuner:
         plan = self.plan
         if not plan.halving:
             return plan.rates
-        steps, ends = planning.short_steps(plan.steps), sorted({plan.ranks[0], plan.ranks[-1]})
+        steps = planning.short_steps(plan.steps)
+        ends = sorted({plan.ranks[0], plan.ranks[-1]})
         results = self._run_sweep("rates.jsonl", ends, plan.rates, 1, steps=steps, widen=0)
-        losses = {
-            (record.rank, record.lr): record.loss
-            for record in results.whole_of(Probe)
-            if (record.set, record.subject) == (self.own, "lora")
-            and record.rank is not None
-            and record.lr is not None
-        }
+        losses = {}
+        for record in results.whole_of(Probe):
+            is_lora = (record.set, record.subject) == (self.own, "lora")
+            if is_lora and record.rank is not None and record.lr is not None:
+                losses[record.rank, record.lr] = record.loss
         rates = planning.halve_rates(losses) or plan.rates
         self.decide(
             "rates",
@@ -453,21 +464,20 @@ class Tuner:
             InconclusiveError: No run is finished with a finite loss, or BASE has none.
         """
         plan = self.plan
-        full = (
-            {"full": True, "full_rates": [rate * FULL_OVER_LORA for rate in rates]}
-            if plan.full
-            else {}
-        )
+        full: dict[str, Any] = {}
+        if plan.full:
+            full = {"full": True, "full_rates": [rate * FULL_OVER_LORA for rate in rates]}
         results = self._run_sweep("sweep.jsonl", ranks, rates, repeats, **full)
         if results.end is None:
             self.decide("ranks", "the rest of the sweep", "not tried", "--time was reached")
+        # A resumed sweep may have more ranks and seeds.
+        allowed_ranks = {None, *ranks}
         seeds = range(self.first_seed, self.first_seed + repeats)
         whole = tuple(
             record
             for record in results.whole_of(Probe)
-            if (record.rank is None or record.rank in ranks)
-            and (record.lr is None or record.seed in seeds)
-        )  # a resumed sweep may have more
+            if record.rank in allowed_ranks and (record.lr is None or record.seed in seeds)
+        )
         results = replace(results, whole=whole)
         swept = swept_of(results)
         if swept is None or swept.verdict.best is None:
@@ -484,7 +494,8 @@ class Tuner:
         more.
         """
         self._train_first_seed(rates)
-        plan, repeats = self.plan, self.plan.repeats
+        plan = self.plan
+        repeats = plan.repeats
         self._record_rank("coarse", *self._sweep_ranks(rates, plan.ranks, repeats))
         rates = self._read_swept_setting("rates")
         needed = self.swept.verdict.needed_seeds
@@ -497,9 +508,8 @@ class Tuner:
         middle = trials.between(self.choice.rank, self.swept.ranks) if plan.finer else None
         if middle is None:
             return
-        if middle not in self._read_swept_setting("ranks") and not self.allows(
-            len(rates) + plan.widen + repeats - 1
-        ):
+        runs = len(rates) + plan.widen + repeats - 1
+        if middle not in self._read_swept_setting("ranks") and not self.allows(runs):
             self.decide("ranks", f"r={middle}", "not tried", "no time was left", rank=middle)
             return
         finer, suggested = self._sweep_ranks(rates, [*plan.ranks, middle], repeats)
@@ -528,7 +538,8 @@ class Tuner:
         """Keep the sweep and the choice of a shared rank, and record this with the gap
         to the best.
         """
-        self.swept, self.choice = swept, choice
+        self.swept = swept
+        self.choice = choice
         behind = (
             standing.behind for standing in swept.verdict.standings if standing.rank == choice.rank
         )
@@ -557,18 +568,15 @@ class Tuner:
             return incumbent
         if len(self.target.shapes) < 2:
             self.decide(*decision, "not needed", "one matrix gets an adapter")
-        elif self.swept.verdict.outcome == "no gain":
-            self.decide(
-                *decision,
-                "not needed",
-                f"no rank lowers the loss of BASE, {incumbent.name} neither",
-            )
-        else:
-            choose, runs = partial(self._choose_best, incumbent), 2 + self.plan.repeats
-            return (
-                self._attempt(decision, runs, choose, "not tried", "no time was left") or incumbent
-            )
-        return incumbent
+            return incumbent
+        if self.swept.verdict.outcome == "no gain":
+            why = f"no rank lowers the loss of BASE, {incumbent.name} neither"
+            self.decide(*decision, "not needed", why)
+            return incumbent
+        choose = partial(self._choose_best, incumbent)
+        runs = 2 + self.plan.repeats
+        best = self._attempt(decision, runs, choose, "not tried", "no time was left")
+        return best or incumbent
 
     def _make_candidate(self) -> Variant | None:
         """Train a pilot, and return non-uniform ranks of the same budget by its spectrum.
@@ -576,11 +584,13 @@ class Tuner:
         Ranks that cannot be allocated or expressed by PEFT, or that equal the shared rank, are
         recorded, and None is returned.
         """
-        name, shared = "marginal", self.choice.rank
-        rank = min(2 * shared, max(min(shape) for shape in self.target.shapes.values()))
+        name = "marginal"
+        shared = self.choice.rank
+        rank = min(2 * shared, max(map(min, self.target.shapes.values())))
         pilot = self._make_uniform(rank, f"pilot-r{rank}")
         self._train_with_adapters(pilot)
-        path, device = self.folder / "pilot.jsonl", self.run_.options["device"]
+        path = self.folder / "pilot.jsonl"
+        device = self.run_.options["device"]
         spectrum(self.base, self.adapter_folder(pilot), output=path, overwrite=True, device=device)
         try:  # every layer is trained, unless ranks are 1 on average
             allocated = self._allocate_from_pilot(shared * self.plan.per_rank, min(1, shared - 1))
@@ -604,24 +614,24 @@ class Tuner:
 
     def _choose_best(self, incumbent: Variant) -> Variant:
         """Return the incumbent, or the candidate of non-uniform ranks that beats it."""
-        decision, candidate = ("redistribution", "non-uniform ranks"), self._make_candidate()
+        decision = "redistribution", "non-uniform ranks"
+        candidate = self._make_candidate()
         if candidate is None:
             self.decide(*decision, "not tried", "no other ranks to try")
             return incumbent
-        is_kept = self._contest("redistribution", incumbent, candidate)
-        result = f"{candidate.name} is better" if is_kept else f"{incumbent.name} is as good"
-        self.decide(*decision, "kept" if is_kept else "rejected", f"{result} at the same budget")
-        return candidate if is_kept else incumbent
+        if not self._contest("redistribution", incumbent, candidate):
+            self.decide(*decision, "rejected", f"{incumbent.name} is as good at the same budget")
+            return incumbent
+        self.decide(*decision, "kept", f"{candidate.name} is better at the same budget")
+        return candidate
 
     def _gap_at_first_seed(self, incumbent: Variant, challenger: Variant) -> Gap:
         """Return the gap of the first seed on the deciding set; ∞ if the challenger diverged, −∞ if
         only the other.
         """
-        before, after = (
-            self._get_losses(one, self.own).get(self.first_seed) for one in (incumbent, challenger)
-        )
-        value = math.inf if after is None else after - (math.inf if before is None else before)
-        return Gap(value, None, 1)
+        before = self._get_losses(incumbent, self.own).get(self.first_seed, math.inf)
+        after = self._get_losses(challenger, self.own).get(self.first_seed, math.inf)
+        return Gap(math.inf if after == math.inf else after - before, None, 1)
 
     def _contest(
         self, stage: str, incumbent: Variant, challenger: Variant, reason: str = ""
@@ -639,10 +649,8 @@ class Tuner:
             reason: Why it is tried, with a semicolon.
         """
         self._train_with_adapters(challenger)
-        gap, tolerance = (
-            self._gap_at_first_seed(incumbent, challenger),
-            self.swept.verdict.tolerance,
-        )
+        gap = self._gap_at_first_seed(incumbent, challenger)
+        tolerance = self.swept.verdict.tolerance
         if not gap.value < -tolerance:
             why = (
                 f"{reason}not ahead by the tolerance of {tolerance:.4f} nats of {incumbent.name} "
@@ -658,24 +666,21 @@ class Tuner:
         why = VERDICTS[result.outcome].format(incumbent.name)
         if result.outcome == "better" and not result.kept:
             why += ", but worse on a shifted set"
-        self._decide_on(
-            stage,
-            challenger,
-            "kept" if result.kept else "rejected",
-            why,
-            result.own,
-            result.shifted,
-        )
+        outcome = "kept" if result.kept else "rejected"
+        self._decide_on(stage, challenger, outcome, why, result.own, result.shifted)
         return result.kept
 
     def _compare(
         self, incumbent: Variant, challenger: Variant, seeds: Sequence[int] | None = None
     ) -> Contest:
         """Compare a challenger with the incumbent on all sets, with these seeds or all."""
-        incumbent_runs, runs = (
-            self.trials.runs(variant, seeds) for variant in (incumbent, challenger)
+        return trials.contest(
+            self.trials.runs(incumbent, seeds),
+            self.trials.runs(challenger, seeds),
+            self.own,
+            self.shifted,
+            self.trials.predictions,
         )
-        return trials.contest(incumbent_runs, runs, self.own, self.shifted, self.trials.predictions)
 
     # -- stability
     # ------------------------------------------------------------
@@ -693,11 +698,9 @@ class Tuner:
         for name, reason in reasons.items():
             trial = trials.change_variant(incumbent, name)
             compare = partial(self._contest, "stability", incumbent, trial, f"{reason}; ")
-            decision, runs, seconds = (
-                ("stability", trial.name),
-                1 + self.plan.repeats,
-                self.plan.repeats * self.one_run,
-            )
+            decision = "stability", trial.name
+            runs = 1 + self.plan.repeats
+            seconds = self.plan.repeats * self.one_run
             if self._attempt(decision, runs, compare, "proposed", reason, seconds=seconds):
                 incumbent = trial
         return incumbent
@@ -705,19 +708,19 @@ class Tuner:
     def _collect_curves(self, incumbent: Variant) -> trials.Curves:
         """Return the gains of the incumbent from which stability is judged."""
         gains = self._get_gains(incumbent, self.own)
-        shifted_gains = self._get_gains(incumbent, self.shifted[0]) if self.shifted else []
         runs = self.trials.runs(incumbent)[self.own].values()
         train_losses = [run.train_loss for run in runs if run.train_loss is not None]
         base_train = self._get_base(self.own).train_loss
+        train_gain = 0.0
+        if base_train is not None and train_losses:
+            train_gain = base_train - fmean(train_losses)
         return trials.Curves(
             gain=fmean(gains),
-            train_gain=0.0
-            if base_train is None or not train_losses
-            else base_train - fmean(train_losses),
+            train_gain=train_gain,
             spread=stdev(gains) if len(gains) > 1 else None,
             tolerance=self.swept.verdict.tolerance,
             diverged=trials.count_diverged(self.swept.records, self.choice.rank, incumbent.lr),
-            gain_shifted=fmean(shifted_gains) if shifted_gains else None,
+            gain_shifted=_average(self._get_shifted_gains(incumbent)),
         )
 
     # -- escalation
@@ -729,12 +732,9 @@ class Tuner:
         share = fmean(self._get_gains(incumbent, self.own)) / of_full if of_full else None
         why = trials.escalation_reason(self.choice.rank, self.swept.ranks, share)
         if not why:
-            has_gain = self.swept.verdict.outcome != "no gain"
-            why = (
-                "a rank below the largest is enough"
-                if has_gain
-                else "no rank lowers the loss of BASE"
-            )
+            why = "a rank below the largest is enough"
+            if self.swept.verdict.outcome == "no gain":
+                why = "no rank lowers the loss of BASE"
             self.decide("escalation", "more than LoRA within the budget", "not needed", why)
             return
         further = replace(incumbent, name=f"{incumbent.name}+biases-norms", vectors=True)
@@ -765,13 +765,13 @@ class Tuner:
             self.decide("escalation", name, "not tried", str(error), layers=layers)
             return
         gap = self._compare_first_seed(incumbent, variant, self.own)
-        shifted_gap = (
-            self._compare_first_seed(incumbent, variant, self.shifted[0]) if self.shifted else None
-        )
-        better = gap is not None and gap.half is not None and gap.value < -gap.half
-        verdict = "lowers the loss" if better else "does not lower the loss significantly"
+        shifted_gap = None
+        if self.shifted:
+            shifted_gap = self._compare_first_seed(incumbent, variant, self.shifted[0])
+        outcome, verdict = "rejected", "does not lower the loss significantly"
+        if gap is not None and gap.half is not None and gap.value < -gap.half:
+            outcome, verdict = "proposed", "lowers the loss"
         reason = f"trained with one seed: {verdict}; outside the budget"
-        outcome = "proposed" if better else "rejected"
         self._decide_on(
             "escalation", variant, outcome, reason, gap, shifted_gap, name=name, layers=layers
         )
@@ -800,20 +800,18 @@ class Tuner:
         shared = self.choice.rank
         if not (self.folder / "pilot.jsonl").is_file():
             return None, ()
+        params = round(RAISED_FACTOR * shared * self.plan.per_rank)
         try:
-            allocated = self._allocate_from_pilot(
-                round(RAISED_FACTOR * shared * self.plan.per_rank), shared
-            )
+            allocated = self._allocate_from_pilot(params, shared)
             config = self.target.config_of(allocated)
         except LoradiagError:
             return None, ()
-        grown = sorted(
-            (record for record in allocated if record.rank > shared), key=lambda r: -r.rank
-        )
-        if not grown:
+        raised = [record for record in allocated if record.rank > shared]
+        if not raised:
             return None, ()
+        raised.sort(key=lambda record: -record.rank)
         variant = replace(incumbent, name="higher-ranks", config=config)
-        return variant, tuple(record.layer for record in grown[:MAX_NAMED])
+        return variant, tuple(record.layer for record in raised[:MAX_NAMED])
 
     def _extend_placement(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
         """Return the incumbent with further linear layers, else an untied head, and the first
@@ -829,17 +827,15 @@ class Tuner:
                 missing = [path for path, submodule in module.named_modules() if submodule is head]
         if not missing:
             return None, ()
-        config = {
-            **incumbent.config,
-            "target_modules": [*incumbent.config["target_modules"], *missing],
-        }
-        return replace(incumbent, name=f"{incumbent.name}+placements", config=config), tuple(
-            missing[:MAX_NAMED]
-        )
+        modules = [*incumbent.config["target_modules"], *missing]
+        config = {**incumbent.config, "target_modules": modules}
+        variant = replace(incumbent, name=f"{incumbent.name}+placements", config=config)
+        return variant, tuple(missing[:MAX_NAMED])
 
     def _record_full(self, incumbent: Variant, reason: str) -> None:
         """Record the further gain of full fine-tuning, or its predicted cost."""
-        row, name = self.swept.lines.get("full"), "full fine-tuning"
+        name = "full fine-tuning"
+        row = self.swept.lines.get("full")
         if row is None:
             seconds = self.plan.steps * (self.plan.full_step_seconds or 3 * self.plan.step_seconds)
             self.decide(
@@ -864,17 +860,18 @@ class Tuner:
 
     def _make_record(self, incumbent: Variant) -> Tune:
         """Return the record of the choice."""
-        config, choice, of_full = incumbent.config, self.choice, self._get_full_gain()
-        losses, gains = (
-            [*self._get_losses(incumbent, self.own).values()],
-            self._get_gains(incumbent, self.own),
-        )
-        gain, error = fmean(gains), _compute_error(gains)
+        config = incumbent.config
+        choice = self.choice
+        losses = [*self._get_losses(incumbent, self.own).values()]
+        gains = self._get_gains(incumbent, self.own)
+        gain = fmean(gains)
+        of_full = self._get_full_gain()
         above = next((row for row in self.swept.rows if (row.rank or 0) > choice.rank), None)
-        set_shifted = self.shifted[0] if self.shifted else ""
-        shifted_gains = self._get_gains(incumbent, set_shifted) if set_shifted else []
+        shifted_gains = self._get_shifted_gains(incumbent)
         redistributed = self.find_decision("redistribution", "non-uniform ranks")
-        outcome = None if redistributed is None else redistributed.outcome
+        non_uniform = "not tried"
+        if redistributed is not None and redistributed.outcome in {"kept", "rejected"}:
+            non_uniform = redistributed.outcome
         record = Tune(
             set=self.own,
             variant=incumbent.name,
@@ -893,20 +890,25 @@ class Tuner:
             base_loss=self._get_base(self.own).loss,
             loss=fmean(losses),
             gain=gain,
-            gain_error=error,
+            gain_error=_compute_error(gains),
             gain_of_full=of_full,
             share_of_full=None if of_full is None else gain / of_full,
             next_rank=None if above is None else above.rank,
             next_gain=None if above is None else fmean(losses) - above.mean,
-            non_uniform=outcome if outcome in {"kept", "rejected"} else "not tried",
-            gain_shifted=fmean(shifted_gains) if shifted_gains else None,
+            non_uniform=non_uniform,
+            gain_shifted=_average(shifted_gains),
             gain_shifted_error=_compute_error(shifted_gains),
-            set_shifted=set_shifted,
+            set_shifted=self.shifted[0] if self.shifted else "",
             seeds=len(losses),
         )
         return record.model_copy(
             update={"significant": record.significant and record.has_significant_gain}
         )
+
+
+def _average(values: Sequence[float]) -> float | None:
+    """Return the mean; None without values."""
+    return fmean(values) if values else None
 
 
 def _compute_error(values: Sequence[float]) -> float | None:

@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -128,30 +128,38 @@ def list_saved_tensors(
     for tensor in tensors:
         if head := head_of(tensor.layer):
             tensors_by_head.setdefault(head, []).append(tensor)
-    return [
-        LeftOut(
-            layer=tensor.layer,
-            shape=(tensor.tuned_shape if isinstance(tensor, LeftOut) else None) or tensor.shape,
-            reason="saved",
-            detail=f"in the head {head}, which is trained in full (modules_to_save)",
-            fro=tensor.fro,
-            base_fro=tensor.base_fro,
-        )
-        for head, head_tensors in tensors_by_head.items()
-        if any(map(_is_new_or_changed, head_tensors))
-        and not any(
-            pattern is not None and pattern.search(tensor.layer)
-            for pattern in (target, exclude)
-            for tensor in head_tensors
-        )
-        for tensor in head_tensors
-        if not isinstance(tensor, LeftOut) or tensor.reason != "only_in_base"
-    ]
+    patterns = [pattern for pattern in (target, exclude) if pattern is not None]
+    saved = []
+    for head, head_tensors in tensors_by_head.items():
+        names = [tensor.layer for tensor in head_tensors]
+        if any(pattern.search(name) for pattern in patterns for name in names):
+            continue
+        if any(map(_is_new_or_changed, head_tensors)):
+            saved += [_describe_saved(tensor, head) for tensor in head_tensors if _is_tuned(tensor)]
+    return saved
 
 
 def _is_new_or_changed(tensor: Spectrum | LeftOut) -> bool:
     return bool(tensor.fro) or (
         isinstance(tensor, LeftOut) and tensor.reason in {"only_in_tuned", "shape_differs"}
+    )
+
+
+def _is_tuned(tensor: Spectrum | LeftOut) -> bool:
+    """Return whether TUNED has the tensor."""
+    return not isinstance(tensor, LeftOut) or tensor.reason != "only_in_base"
+
+
+def _describe_saved(tensor: Spectrum | LeftOut, head: str) -> LeftOut:
+    """Return the record of a tensor that is trained in full."""
+    shape = tensor.tuned_shape if isinstance(tensor, LeftOut) else None
+    return LeftOut(
+        layer=tensor.layer,
+        shape=shape or tensor.shape,
+        reason="saved",
+        detail=f"in the head {head}, which is trained in full (modules_to_save)",
+        fro=tensor.fro,
+        base_fro=tensor.base_fro,
     )
 
 
@@ -209,12 +217,14 @@ class Constraints:
                 raise UsageError(
                     Given("allowed_ranks"), "ranks must be 1 or more, such as 8,16,32,64"
                 )
-            if not any(
-                self.min_rank <= rank <= (self.max_rank or rank) for rank in self.ranks_from
-            ):
+            if not any(map(self.allow, self.ranks_from)):
                 raise UsageError(
                     Given("allowed_ranks"), "none of its ranks lies between $min_rank and $max_rank"
                 )
+
+    def allow(self, rank: int) -> bool:
+        """Return whether a rank lies between the smallest and the largest."""
+        return self.min_rank <= rank <= (self.max_rank or rank)
 
 
 @dataclass(frozen=True)
@@ -291,12 +301,13 @@ class Unit:
     @cached_property
     def curves(self) -> tuple[Floats, ...]:
         """Each member's C(0), …, C(K), ``(K + 1,)``; zeros for a zero update."""
-        return tuple(
-            np.concatenate([[0.0], energy_curve(np.asarray(member.s), member.fro, member.complete)])
-            if member.fro > 0
-            else np.zeros(len(member.s) + 1)
-            for member in self.members
-        )
+        curves = []
+        for member in self.members:
+            curve = np.zeros(len(member.s) + 1)
+            if member.fro > 0:
+                curve[1:] = energy_curve(np.asarray(member.s), member.fro, member.complete)
+            curves.append(curve)
+        return tuple(curves)
 
     @cached_property
     def curve(self) -> Floats:
@@ -371,26 +382,29 @@ def make_units(
     for name, members in groups.items():
         # Ranks reach the largest cap of the members, or the minimum rank if that is higher and a
         # rank has a gain.
-        soft, reason = max(
-            (_cap_rank(member, constraints.max_rank) for member in members), key=lambda cap: cap[0]
-        )
+        caps = [_cap_rank(member, constraints.max_rank) for member in members]
+        soft, reason = max(caps, key=lambda cap: cap[0])
         largest = compute_break_even(members[0].shape)
         hard = min(constraints.max_rank or largest, largest)
-        if 0 < soft < (least := min(constraints.min_rank, hard)):
-            soft, reason = least, "break_even" if least == largest else reason
+        least = min(constraints.min_rank, hard)
+        if 0 < soft < least:
+            soft = least
+            if least == largest:
+                reason = "break_even"
         stops = _list_allowed_ranks(soft, hard, constraints)
+        if stops[-1] != soft:
+            reason = "ranks_from"
+        names = [member.layer for member in members]
         curves = None
         if losses is not None:
-            curves = tuple(
-                np.asarray(losses.get(member.layer, (0.0,)), np.float64) for member in members
-            )
+            curves = tuple(np.asarray(losses.get(layer, (0.0,)), np.float64) for layer in names)
         units.append(
             Unit(
                 members=tuple(members),
-                group=None if members[0].layer == name else name,
-                weights=tuple(weights[member.layer] for member in members),
+                group=None if names[0] == name else name,
+                weights=tuple(weights[layer] for layer in names),
                 stops=stops,
-                capped_by=reason if stops[-1] == soft else "ranks_from",
+                capped_by=reason,
                 losses=curves,
             )
         )
@@ -413,14 +427,16 @@ def _cap_rank(record: Spectrum, max_rank: int | None) -> tuple[int, CappedBy]:
 
     Of equal limits, the reason is the first.
     """
-    caps: list[tuple[int | None, CappedBy]] = [
-        (compute_break_even(record.shape), "break_even"),
-        (sum(value > 0 for value in record.s) if record.complete else None, "update_rank"),
-        (record.resolution.signal_rank, "signal_rank"),
-        (None if record.complete else len(record.s), "values_kept"),
-        (max_rank, "max_rank"),
-    ]
-    return min(((cap, reason) for cap, reason in caps if cap is not None), key=lambda pair: pair[0])
+    caps: list[tuple[int, CappedBy]] = [(compute_break_even(record.shape), "break_even")]
+    if record.complete:
+        caps.append((sum(value > 0 for value in record.s), "update_rank"))
+    if record.resolution.signal_rank is not None:
+        caps.append((record.resolution.signal_rank, "signal_rank"))
+    if not record.complete:
+        caps.append((len(record.s), "values_kept"))
+    if max_rank is not None:
+        caps.append((max_rank, "max_rank"))
+    return min(caps, key=lambda cap: cap[0])
 
 
 def _list_allowed_ranks(soft: int, hard: int, constraints: Constraints) -> Ints:
@@ -437,16 +453,16 @@ def _list_allowed_ranks(soft: int, hard: int, constraints: Constraints) -> Ints:
     minimum = min(constraints.min_rank, soft)
     if constraints.ranks_from is None:
         return np.arange(minimum, soft + 1)
-    possible = (
-        [rank for rank in sorted(set(constraints.ranks_from)) if rank <= hard] if soft else []
-    )
-    last = next((i for i, rank in enumerate(possible) if rank >= soft), len(possible) - 1)
-    possible = possible[: last + 1]
-    start = (
-        next((rank for rank in possible if rank >= minimum), possible[-1])
-        if possible and minimum
-        else 0
-    )
+    possible: list[int] = []
+    if soft:
+        for rank in sorted(set(constraints.ranks_from)):
+            if rank <= hard:
+                possible.append(rank)
+            if rank >= soft:
+                break
+    start = 0
+    if possible and minimum:
+        start = next((rank for rank in possible if rank >= minimum), possible[-1])
     return np.asarray([start, *(rank for rank in possible if rank > start)], np.int64)
 
 
@@ -517,9 +533,10 @@ def _take_steps(steps: Steps, key: Floats, budget: int) -> tuple[float, tuple[In
     fitting = int(np.searchsorted(cumulative, budget, side="right"))
     if fitting < len(order):
         fitting = int(np.searchsorted(key[order], key[order[fitting]], side="left"))
+    if not fitting:
+        return 0.0, (steps.start, 0)
     chosen = order[:fitting]
-    last_key, cost = (float(key[chosen[-1]]), int(cumulative[fitting - 1])) if fitting else (0.0, 0)
-    return last_key, (steps.ranks_after(chosen), cost)
+    return float(key[chosen[-1]]), (steps.ranks_after(chosen), int(cumulative[fitting - 1]))
 
 
 @dataclass(frozen=True)
@@ -591,14 +608,12 @@ def make_steps(curves: Sequence[Floats], costs: Sequence[int], stops: Sequence[I
         stops: By unit: minimum rank and the allowed ranks above it, ascending; for one unit or
             more.
     """
+    gains = [np.diff(curve[ranks]) for curve, ranks in zip(curves, stops, strict=True)]
+    step_costs = [np.diff(ranks) * cost for cost, ranks in zip(costs, stops, strict=True)]
     return Steps(
-        gain=np.concatenate(
-            [np.diff(curve[ranks]) for curve, ranks in zip(curves, stops, strict=True)]
-        ),
-        cost=np.concatenate(
-            [np.diff(ranks) * cost for cost, ranks in zip(costs, stops, strict=True)]
-        ),
-        unit=np.repeat(np.arange(len(stops)), [len(ranks) - 1 for ranks in stops]),
+        gain=np.concatenate(gains),
+        cost=np.concatenate(step_costs),
+        unit=np.repeat(np.arange(len(stops)), list(map(len, gains))),
         rank=np.concatenate([ranks[1:] for ranks in stops]),
         start=np.array([ranks[0] for ranks in stops], np.int64),
     )
@@ -707,7 +722,7 @@ def allocate_one_rank(
     allocated: list[Allocated] = []
     first_error: UsageError | None = None
     for rank in constraints.ranks_from or GRID:
-        if not constraints.min_rank <= rank <= (constraints.max_rank or rank):
+        if not constraints.allow(rank):
             continue
         try:
             allocated.append(choose(replace(constraints, ranks_from=(rank,))))
@@ -720,16 +735,21 @@ def allocate_one_rank(
     best = max(
         allocated, key=lambda at_rank: (at_rank.certificate.kept, -at_rank.certificate.spent)
     )
-    kept, bound = best.certificate.kept, max(at_rank.certificate.bound for at_rank in allocated)
+    certificate = best.certificate
+    bound = max(at_rank.certificate.bound for at_rank in allocated)
     update = {
         "bound": bound,
-        "gap": max(0.0, (bound - kept) / bound) if bound > 0 else 0.0,
-        "optimal": best.certificate.optimal and bound <= kept,
-        "baselines": tuple(
-            rule for rule in best.certificate.baselines if rule.spent
-        ),  # others have no such rank
+        "gap": _compute_gap(certificate.kept, bound),
+        "optimal": certificate.optimal and bound <= certificate.kept,
+        # The others have no such rank.
+        "baselines": tuple(rule for rule in certificate.baselines if rule.spent),
     }
-    return replace(best, certificate=best.certificate.model_copy(update=update))
+    return replace(best, certificate=certificate.model_copy(update=update))
+
+
+def _compute_gap(kept: float, bound: float) -> float:
+    """Return the distance from the bound as a fraction of it."""
+    return max(0.0, (bound - kept) / bound) if bound > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -824,25 +844,22 @@ def allocate(
         UsageError: The budget is too small for the heads, the constraints or any rank; no layer is
             a candidate or can get a rank; a pattern is not a valid regular expression.
     """
-    included, excluded = compile_pattern(target, "layers"), compile_pattern(exclude, "exclude")
+    included = compile_pattern(target, "layers")
+    excluded = compile_pattern(exclude, "exclude")
     saved = list_saved_tensors(records, left_out, included, excluded) if save_heads else []
     saved_names = {tensor.layer for tensor in saved}
     saved_params = sum(math.prod(tensor.shape) for tensor in saved)
     candidates, not_selected = split_candidates(
         [record for record in records if record.layer not in saved_names], included, excluded
     )
-    factors = {
-        record.layer: 1.0 if weights is None else weights[record.layer] for record in candidates
-    }
-    if relative:
-        factors |= {
-            record.layer: factors[record.layer] / record.fro**2
-            for record in candidates
-            if record.fro > 0
-        }
+    factors = {}
+    for record in candidates:
+        factor = 1.0 if weights is None else weights[record.layer]
+        factors[record.layer] = factor / record.fro**2 if relative and record.fro > 0 else factor
     units = make_units(candidates, factors, constraints, losses)
     _require_possible_rank(units)
-    curves, costs = [unit.curve for unit in units], [budget.cost_of(unit) for unit in units]
+    curves = [unit.curve for unit in units]
+    costs = [budget.cost_of(unit) for unit in units]
     steps = all_steps = make_steps(curves, costs, [unit.stops for unit in units])
     if losses is not None:
         steps = make_steps(curves, costs, [unit.corners for unit in units])
@@ -869,16 +886,14 @@ def allocate(
         chosen = _take_better_rule(units, steps, chosen, rule_results)
     layers = _make_records(units, chosen.ranks, rule_results[0].ranks)
     order = {record.layer: i for i, record in enumerate(records)}
+    certificate = _make_certificate(
+        units, steps, budget, fixed + reserved, saved_params, chosen, rule_results
+    )
+    others = [item for item in left_out if item.layer not in saved_names]
     return Allocated(
         layers=tuple(sorted(layers, key=lambda record: order[record.layer])),
-        certificate=_make_certificate(
-            units, steps, budget, fixed + reserved, saved_params, chosen, rule_results
-        ),
-        left_out=(
-            *saved,
-            *not_selected,
-            *(item for item in left_out if item.layer not in saved_names),
-        ),
+        certificate=certificate,
+        left_out=(*saved, *not_selected, *others),
     )
 
 
@@ -926,12 +941,12 @@ def _compute_sensitivity(unit: Unit, weights: Mapping[str, float] | None) -> flo
     """Return s for the prior, the mean over the layers: of their weights, else of ‖ΔW‖/‖W‖ (‖ΔW‖
     without W).
     """
-    if weights is not None:
-        values = [weights[member.layer] for member in unit.members]
-    else:
-        values = [
-            member.fro if member.relative is None else member.relative for member in unit.members
-        ]
+    values = []
+    for member in unit.members:
+        if weights is not None:
+            values.append(weights[member.layer])
+        else:
+            values.append(member.fro if member.relative is None else member.relative)
     return math.fsum(values) / len(values)
 
 
@@ -957,64 +972,68 @@ def _choose_ranks(
     """
     if budget.unit == "energy":
         ranks = all_steps.ranks_after(_compute_share_before(units, all_steps) < budget.amount)
-        left = sum(
-            int(rank - unit.start) * unit.cost for rank, unit in zip(ranks, units, strict=True)
-        )
+        left = int(np.dot(ranks - all_steps.start, [unit.cost for unit in units]))
         return _bound_ranks(units, steps, ranks, left, spend(steps, left)), left
     left = budget.whole - reserved - fixed
-    remaining = f"the {budget.describe(budget.whole - reserved)} that remain after the heads"
-    budget_text = remaining if reserved else "the budget"
     if left < 0:
+        budget_text = "the budget"
+        if reserved:
+            remaining = budget.describe(budget.whole - reserved)
+            budget_text = f"the {remaining} that remain after the heads"
         raise UsageError(
             budget.option,
             f"the smallest ranks allowed by $min_rank take {budget.describe(fixed)}, "
             f"{budget.describe(-left)} more than {budget_text}",
             "raise it, lower $min_rank or select fewer layers with $layers",
         )
-    if not fixed and not len(steps.gain):
+    if fixed:
+        return spend(steps, left), left
+    if not len(steps.gain):
         raise UsageError(
             budget.option, "no allowed rank lowers the expected loss", "raise $max_rank"
         )
-    if not fixed and left < (minimum := int(steps.cost.min())):
-        unit = units[int(steps.unit[np.argmin(steps.cost)])]
+    cheapest = int(np.argmin(steps.cost))
+    cost = int(steps.cost[cheapest])
+    if left < cost:
         raise UsageError(
             budget.option,
-            f"even the cheapest rank, one of {unit.name}, takes {budget.describe(minimum)}",
-            f"give a budget of at least {budget.describe(budget.whole - left + minimum)}",
+            f"even the cheapest rank, one of {units[steps.unit[cheapest]].name}, takes "
+            f"{budget.describe(cost)}",
+            f"give a budget of at least {budget.describe(budget.whole - left + cost)}",
         )
     return spend(steps, left), left
 
 
-def _make_records(units: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[Allocation]:
-    return [
-        Allocation(
-            layer=member.layer,
-            shape=member.shape,
-            rank=rank,
-            params=rank * sum(member.shape),
-            kept=_read_curve(curve, rank) if member.fro > 0 else None,
-            fro=member.fro,
-            base_fro=member.base_fro,
-            weight=weight,
-            cap=unit.cap,
-            capped_by=unit.capped_by,
-            verdict=member.resolution.verdict,
-            uniform_rank=uniform_rank,
-            uniform_kept=_read_curve(curve, uniform_rank) if member.fro > 0 else None,
-            group=unit.group,
-            source=member.source,
-            fisher=None if unit.losses is None else _read_loss(unit.losses[position], rank),
-        )
-        for unit, rank, uniform_rank in zip(units, ranks.tolist(), uniform.tolist(), strict=True)
-        for position, (weight, member, curve) in enumerate(
-            zip(unit.weights, unit.members, unit.curves, strict=True)
-        )
-    ]
-
-
-def _read_loss(loss: Floats, rank: int) -> float:
-    """Return F(rank), 0 beyond its last value."""
-    return float(loss[rank]) if rank < len(loss) else 0.0
+def _make_records(units: Sequence[Unit], ranks: Ints, uniform: Ints) -> Iterator[Allocation]:
+    """Yield the record of each layer, with its rank in the uniform allocation."""
+    for unit, rank, uniform_rank in zip(units, ranks.tolist(), uniform.tolist(), strict=True):
+        for position, member in enumerate(unit.members):
+            kept = uniform_kept = fisher = None
+            if member.fro > 0:
+                curve = unit.curves[position]
+                kept = _read_curve(curve, rank)
+                uniform_kept = _read_curve(curve, uniform_rank)
+            if unit.losses is not None:
+                loss = unit.losses[position]
+                fisher = float(loss[rank]) if rank < len(loss) else 0.0
+            yield Allocation(
+                layer=member.layer,
+                shape=member.shape,
+                rank=rank,
+                params=rank * sum(member.shape),
+                kept=kept,
+                fro=member.fro,
+                base_fro=member.base_fro,
+                weight=unit.weights[position],
+                cap=unit.cap,
+                capped_by=unit.capped_by,
+                verdict=member.resolution.verdict,
+                uniform_rank=uniform_rank,
+                uniform_kept=uniform_kept,
+                group=unit.group,
+                source=member.source,
+                fisher=fisher,
+            )
 
 
 def _read_curve(curve: Floats, rank: int) -> float:
@@ -1036,37 +1055,47 @@ def _make_certificate(
     """
     total = math.fsum(unit.energy for unit in units)
     at_start = _compute_kept_energy(units, steps.start)
-    # Losses may be larger at the smallest ranks than without an adapter.
-    kept, bound = (
-        min(1.0, max(0.0, at_start + gain) / total) for gain in (chosen.gain, chosen.bound)
-    )
+    kept = _limit_share((at_start + chosen.gain) / total)
+    bound = _limit_share((at_start + chosen.bound) / total)
     error = math.fsum(
         weight * member.fro**2 * member.energy_error
         for unit in units
         if unit.losses is None
         for weight, member in zip(unit.weights, unit.members, strict=True)
     )
+    params = saved
+    for unit, rank in zip(units, chosen.ranks.tolist(), strict=True):
+        params += rank * unit.cost
     price = chosen.price / total / budget.bytes_per_param
-    unused_budget = 0.0 if budget.unit == "energy" else budget.amount - budget.in_unit(budget.whole)
+    amount, unused = None, 0.0
+    if budget.unit != "energy":
+        amount = budget.amount
+        unused = amount - budget.in_unit(budget.whole)
     return Certificate(
         unit=budget.unit,
-        budget=None if budget.unit == "energy" else budget.amount,
+        budget=amount,
         spent=budget.in_unit(fixed + chosen.cost),
-        params=saved
-        + sum(rank * unit.cost for unit, rank in zip(units, chosen.ranks.tolist(), strict=True)),
+        params=params,
         saved=saved,
         kept=kept,
         bound=bound,
-        gap=max(0.0, (bound - kept) / bound) if bound > 0 else 0.0,
+        gap=_compute_gap(kept, bound),
         optimal=chosen.optimal,
         energy_error=min(1.0, error / total),
         epsilon_min=_compute_epsilon_min(units, chosen.ranks),
         price=price,
-        slack=bound - kept + price * unused_budget,
+        slack=bound - kept + price * unused,
         baselines=tuple(
             _compare_baseline(rule, units, steps, budget, fixed, total) for rule in rule_results
         ),
     )
+
+
+def _limit_share(share: float) -> float:
+    """Return a fraction in [0, 1]: losses may be larger at the smallest ranks than without an
+    adapter.
+    """
+    return min(1.0, max(0.0, share))
 
 
 def _compare_baseline(
@@ -1076,28 +1105,27 @@ def _compare_baseline(
     equal = _take_better_rule(units, steps, spend(steps, rule.cost), [rule])
     gains = [
         float(unit.curve[rank] - unit.curve[rule_rank])
-        for unit, rank, rule_rank in zip(
-            units, equal.ranks.tolist(), rule.ranks.tolist(), strict=True
-        )
+        for unit, rank, rule_rank in zip(units, equal.ranks, rule.ranks, strict=True)
     ]
-    lead = int(np.argmax(gains))
-    has_lead = len(units) > 1 and 2 * gains[lead] > math.fsum(gains) > 0
+    index = int(np.argmax(gains))
+    lead = lead_gain = None
+    if len(units) > 1 and 2 * gains[index] > math.fsum(gains) > 0:
+        lead = units[index].name
+        lead_gain = gains[index] / total
     return AllocationBaseline(
         name=rule.name,
         spent=budget.in_unit(fixed + rule.cost),
-        kept=min(1.0, max(0.0, _compute_kept_energy(units, rule.ranks)) / total),
-        equal=min(1.0, max(0.0, _compute_kept_energy(units, equal.ranks)) / total),
+        kept=_limit_share(_compute_kept_energy(units, rule.ranks) / total),
+        equal=_limit_share(_compute_kept_energy(units, equal.ranks) / total),
         epsilon_min=_compute_epsilon_min(units, rule.ranks),
-        lead=units[lead].name if has_lead else None,
-        lead_gain=gains[lead] / total if has_lead else None,
+        lead=lead,
+        lead_gain=lead_gain,
     )
 
 
 def _compute_kept_energy(units: Sequence[Unit], ranks: Ints) -> float:
     """Return the weighted energy that ranks keep."""
-    return math.fsum(
-        float(unit.curve[rank]) for unit, rank in zip(units, ranks.tolist(), strict=True)
-    )
+    return math.fsum(unit.curve[rank] for unit, rank in zip(units, ranks, strict=True))
 
 
 def _compute_epsilon_min(units: Sequence[Unit], ranks: Ints) -> float:

@@ -119,16 +119,19 @@ def estimate_bytes(task: MergeTask, settings: MergeSettings) -> int:
     """Return an upper bound on the memory of a layer in bytes: all updates, their merge, and its
     decomposition.
     """
-    entries, count, method = math.prod(task.shape), len(task.updates), METHODS[settings.method]
+    entries = math.prod(task.shape)
+    count = len(task.updates)
+    method = METHODS[settings.method]
     weight = 8 * entries if task.base is not None else 0
     if task.factored and not method.entrywise:
         return 4 * sum(footprint(update.delta) for update in task.updates) + weight
     blocks = 96 * min(2**20, entries) * count
-    svd = 0 if method.linear or method.entrywise else 48 * min(task.shape) * sum(task.shape)
-    # of a method that makes singular values equal, all directions are computed
+    # Of a method that makes singular values equal, all directions are computed.
     top = settings.rank if method.linear else None
-    factor = whole_bytes(task.shape, Allowance(0, "auto", top, vectors=True), 8)
-    return COMPUTED_ENTRY_BYTES * entries * (count + 2) + weight + blocks + max(svd, factor)
+    step = whole_bytes(task.shape, Allowance(0, "auto", top, vectors=True), 8)
+    if not (method.linear or method.entrywise):
+        step = max(step, 48 * min(task.shape) * sum(task.shape))
+    return COMPUTED_ENTRY_BYTES * entries * (count + 2) + weight + blocks + step
 
 
 def merge_layer(
@@ -184,13 +187,13 @@ def _write_merge(
     memory limit.
     """
     if settings.memory is not None and (METHODS[settings.method].entrywise or not task.factored):
-        description = "its updates and their merge take"
-        require_memory(
-            estimate_bytes(task, settings), settings.memory, task.shape, description, "$exclude it"
-        )
+        needed = estimate_bytes(task, settings)
+        use = "its updates and their merge take"
+        require_memory(needed, settings.memory, task.shape, use, "$exclude it")
     changed: list[tuple[Update, Matrix, float]] = []
     for update in task.updates:
-        change, size = load_change(update.delta, device), 0.0
+        change = load_change(update.delta, device)
+        size = 0.0
         part = change.factors if change.factors is not None else change.matrix
         if part is not None:
             size = math.sqrt(max(0.0, frobenius_inner(part, part)))
@@ -209,23 +212,18 @@ def _write_merge(
     )
     merge = choose_merger(METHODS[settings.method], task.is_matrix)
     merged = sum_matrices([merge(parts, request)], [settings.scale])
-    factors = exact.decompose_factored(*merged, vectors=True) if isinstance(merged, tuple) else None
-    fro = (
-        norm([merged])
-        if isinstance(merged, Tensor)
-        else factors.fro
-        if factors is not None
-        else 0.0
-    )
-    longest = abs(settings.scale) * sum(
-        abs(weight) * size for weight, size in zip(weights, norms, strict=True)
-    )
-    if fro <= (exact.ZERO_FACTORED if factors is not None else exact.ZERO_DENSE) * longest:
-        merged, factors, fro = (
-            sum_matrices([merged], [0.0]),
-            None,
-            0.0,
-        )  # updates that cancel leave only rounding
+    factors = None
+    if isinstance(merged, tuple):
+        factors = exact.decompose_factored(*merged, vectors=True)
+        fro, zero = factors.fro, exact.ZERO_FACTORED
+    else:
+        fro, zero = norm([merged]), exact.ZERO_DENSE
+    sizes = [abs(weight) * size for weight, size in zip(weights, norms, strict=True)]
+    # Updates that cancel leave only rounding.
+    if fro <= zero * abs(settings.scale) * sum(sizes):
+        merged = sum_matrices([merged], [0.0])
+        factors = None
+        fro = 0.0
     if task.base is None:
         total = _find_sum(settings, parts, weights)
         written = _write_factors(task, settings, merged, fro, factors, file, total)
@@ -279,20 +277,17 @@ def _compare_others(
         entries: mn.
     """
     own, part, size = changed[index]
-    cosines = [
-        (other, norm, frobenius_inner(matrix, part) / size**2) for other, matrix, norm in changed
-    ]
-    found = {"kept_mean": sum(product for _, _, product in cosines) / count}
+    products = [frobenius_inner(matrix, part) / size**2 for _, matrix, _ in changed]
+    found = {"kept_mean": sum(products) / count}
     if own.weight:
-        others = [
-            (other.weight / own.weight, norm, product)
-            for other, norm, product in cosines
-            if other is not own
-        ]
-        found["others"] = sum(weight * product for weight, _, product in others)
-        found["others_random"] = (
-            math.hypot(*(weight * norm for weight, norm, _ in others)) / size / math.sqrt(entries)
-        )
+        added, norms = [], []
+        for (other, _, norm), product in zip(changed, products, strict=True):
+            if other is not own:
+                weight = other.weight / own.weight
+                added.append(weight * product)
+                norms.append(weight * norm)
+        found["others"] = sum(added)
+        found["others_random"] = math.hypot(*norms) / size / math.sqrt(entries)
     return found
 
 
@@ -303,11 +298,15 @@ def choose_merger(method: Method, is_matrix: bool) -> mergers.Merger:
     The authors of TSV-Merge and Iso-C average 1-D tensors, too.
     """
     if not is_matrix and not (method.linear or method.entrywise):
-        return lambda parts, request: sum_matrices(
-            parts, [w / sum(request.weights) for w in request.weights]
-        )
+        return _average
     merger: mergers.Merger = getattr(mergers, method.run or method.name)
     return merger
+
+
+def _average(parts: Sequence[Matrix], request: Request) -> Matrix:
+    """Return the weighted mean."""
+    total = sum(request.weights)
+    return sum_matrices(parts, [weight / total for weight in request.weights])
 
 
 def _factor(matrix: Matrix, top: int | None) -> exact.Factors:
@@ -408,21 +407,19 @@ def _write_weight(
     """Write W + M, rounded once."""
     assert task.base is not None
     dtype = settings.dtype or task.base.dtype
-    weight, row = torch.empty(task.shape, dtype=getattr(torch, dtype)), 0
+    weight = torch.empty(task.shape, dtype=getattr(torch, dtype))
+    row = 0
     for block, change in zip(row_blocks(task.base, task.shape), rows_of(merged), strict=True):
         weight[row : row + len(block)] = block.double() + change.cpu()
         row += len(block)
     _check_finite(task, dtype, weight)
     write_tensors(file, {"W": weight})
+    fields = {"dtype": dtype, "method": ""}
     if factors is not None:
-        factors = _keep_directions(
-            factors, int((factors.s > NUMERICALLY_ZERO * factors.s[:1]).sum())
-        )
-    return (
-        merged,
-        factors,
-        {"dtype": dtype, "method": factors.method if factors is not None else ""},
-    )
+        rank = int((factors.s > NUMERICALLY_ZERO * factors.s[:1]).sum())
+        factors = _keep_directions(factors, rank)
+        fields["method"] = factors.method
+    return merged, factors, fields
 
 
 def _check_finite(task: MergeTask, dtype: str, *tensors: Tensor) -> None:
@@ -473,14 +470,13 @@ def _measure_chance(
         factors = _keep_leading(merged, _factor(merged, rank + 1), rank, total)
         u, vh = factors.vectors
         merged = u * factors.s.to(u.device), vh
-    norms = [math.sqrt(frobenius_inner(part, part)) for part in drawn]
-    return [
-        {
-            "kept_random": frobenius_inner(merged, part) / size**2,
-            "directions_random": _measure_directions(factors, part, size),
-        }
-        for part, size in zip(drawn, norms, strict=True)
-    ]
+    found: list[dict[str, float | None]] = []
+    for part in drawn:
+        size = math.sqrt(frobenius_inner(part, part))
+        kept = frobenius_inner(merged, part) / size**2
+        directions = _measure_directions(factors, part, size)
+        found.append({"kept_random": kept, "directions_random": directions})
+    return found
 
 
 def _draw_update(pair: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -99,12 +99,9 @@ def apply_capacity_rules(chosen: Sequence[Matrix], tokens: int) -> tuple[PlanRul
     rules = []
     for name, source, per_token in RULES:
         params = math.ceil(tokens * per_token)
-        rank = max(1, -(-params // per_rank))
-        rules.append(
-            PlanRule(
-                name=name, source=source, params=params, rank=rank if rank <= full_rank else None
-            )
-        )
+        needed = max(1, -(-params // per_rank))
+        rank = needed if needed <= full_rank else None
+        rules.append(PlanRule(name=name, source=source, params=params, rank=rank))
     return tuple(rules)
 
 
@@ -121,9 +118,8 @@ def group_types(matrices: Sequence[Matrix], targeted: frozenset[str]) -> tuple[P
     """
     groups: dict[tuple[str, tuple[int, int], bool], list[Matrix]] = {}
     for matrix in sorted(matrices, key=lambda matrix: type_order(matrix.name)):
-        groups.setdefault(
-            (module_type_of(matrix.name), matrix.shape, matrix.name in targeted), []
-        ).append(matrix)
+        key = module_type_of(matrix.name), matrix.shape, matrix.name in targeted
+        groups.setdefault(key, []).append(matrix)
     return tuple(
         PlanType(
             name=name,
@@ -156,13 +152,13 @@ def compute_rank_cost(
         active: Fraction of a mixture's experts that are active for a token.
     """
     trained = rank * sum(matrix.per_rank for matrix in chosen)
-    active_fractions = {
-        matrix.name: active if _EXPERT.search(matrix.name) else 1.0 for matrix in matrices
-    }
-    extra = rank * math.fsum(matrix.per_rank * active_fractions[matrix.name] for matrix in chosen)
-    base = math.fsum(
-        matrix.entries * active_fractions[matrix.name] for matrix in _select_multiplied(matrices)
-    )
+
+    def is_active(matrix: Matrix) -> float:
+        """Return the fraction of tokens that a matrix multiplies."""
+        return active if _EXPERT.search(matrix.name) else 1.0
+
+    extra = rank * math.fsum(matrix.per_rank * is_active(matrix) for matrix in chosen)
+    base = math.fsum(matrix.entries * is_active(matrix) for matrix in _select_multiplied(matrices))
     return PlanRank(
         rank=rank,
         params=trained,
@@ -176,9 +172,9 @@ def compute_rank_cost(
 def _select_multiplied(matrices: Sequence[Matrix]) -> list[Matrix]:
     """Return the matrices that multiply a token: no embeddings, unless one is also the head."""
     tables = [matrix for matrix in matrices if part_of(matrix.name) == "vocabulary"]
-    heads = [matrix for matrix in tables if _HEAD.search(matrix.name)] or sorted(
-        tables, key=lambda m: -m.entries
-    )[:1]
+    heads = [matrix for matrix in tables if _HEAD.search(matrix.name)]
+    if tables and not heads:
+        heads = [max(tables, key=lambda matrix: matrix.entries)]
     return [matrix for matrix in matrices if part_of(matrix.name) == "matrices"] + heads
 
 
@@ -221,9 +217,8 @@ def fit_ranks(
     listed_left, doubled = None, 0
     if listed is not None:
         listed_left = budget - listed * per_rank
-        doubled = sum(
-            listed * cost <= listed_left for cost in accumulate(sorted(block_costs.values()))
-        )
+        costs = accumulate(sorted(block_costs.values()))
+        doubled = sum(listed * cost <= listed_left for cost in costs)
     return PlanFit(
         asked=requested,
         budget=budget,
@@ -305,22 +300,19 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         raise UsageError(subject, "no matrix is selected for LoRA", "check $layers and $exclude")
     fit = None
     if params is not None:
-        fit = fit_ranks(
-            chosen, ranks, f"--params {legible(str(params))}", read_count(str(params), "params")
-        )
+        budget = read_count(str(params), "params")
+        fit = fit_ranks(chosen, ranks, f"--params {legible(str(params))}", budget)
     elif memory is not None:
-        requested = (
-            f"--memory-budget {legible(str(memory))} ({training.optimizer}, {training.dtype})"
-        )
-        fit = fit_ranks(
-            chosen, ranks, requested, math.floor(read_memory(memory) / training.bytes_per_param)
-        )
+        budget = math.floor(read_memory(memory) / training.bytes_per_param)
+        requested = f"--memory-budget {legible(str(memory))} ({training.optimizer}, {dtype})"
+        fit = fit_ranks(chosen, ranks, requested, budget)
     total = sum(info.numel for info in infos)
     active, notes = _find_active_share(model.config, matrices)
     capacity = _estimate_capacity(base, options, chosen)
-    rates, costs = (
-        _estimate_costs(model, matrices, options["top"]) if options["cost"] else (None, ())
-    )
+    rates: PlanRates | None = None
+    costs: tuple[PlanCost, ...] = ()
+    if options["cost"]:
+        rates, costs = _estimate_costs(model, matrices, options["top"])
     return Plan(
         path=legible(base),
         kind=legible(model.kind),
@@ -349,9 +341,8 @@ def _estimate_capacity(
     """
     if options["tokens"] is not None:
         tokens = read_count(str(options["tokens"]), "tokens")
-        return PlanCapacity(
-            data="", about="as given", tokens=tokens, rules=apply_capacity_rules(chosen, tokens)
-        )
+        rules = apply_capacity_rules(chosen, tokens)
+        return PlanCapacity(data="", about="as given", tokens=tokens, rules=rules)
     if options["data"] is None:
         return None
     # deferred: imports transformers
@@ -389,12 +380,9 @@ def _estimate_costs(
 
     if top < 1:
         raise UsageError(Given("top", top), "must be at least 1")
-    stored = (
-        [part for matrix in matrices for part in split_experts(matrix)]
-        if model.kind == DERIVED
-        else matrices
-    )
-    return estimate_costs(stored, compute_stored_size(model), top)
+    if model.kind == DERIVED:
+        matrices = [part for matrix in matrices for part in split_experts(matrix)]
+    return estimate_costs(matrices, compute_stored_size(model), top)
 
 
 def open_headers(base: Path | str) -> Checkpoint:
@@ -416,12 +404,10 @@ def open_headers(base: Path | str) -> Checkpoint:
     file.tensors = {
         name: TensorInfo(name, shape, dtype) for name, shape in weights_of(config, str(path))
     }
-    notes = (
-        ()
-        if select_text_config(config) is config
-        else ("only the language model, from its text_config",)
-    )
-    return Checkpoint(source.path, DERIVED, (file,), notes, config)
+    notes = []
+    if select_text_config(config) is not config:
+        notes.append("only the language model, from its text_config")
+    return Checkpoint(source.path, DERIVED, (file,), tuple(notes), config)
 
 
 def _has_weights(folder: Path) -> bool:
@@ -455,7 +441,6 @@ def _find_active_share(
     keys = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((values[key] for key in keys if key in values), 0)
     if isinstance(active, int) and isinstance(experts, int) and 0 < active <= experts:
-        return active / experts, (
-            f"{active} of {experts} experts count for the multiply-adds per token",
-        )
+        note = f"{active} of {experts} experts count for the multiply-adds per token"
+        return active / experts, (note,)
     return 1.0, ("number of active experts unknown: all count for the multiply-adds per token",)

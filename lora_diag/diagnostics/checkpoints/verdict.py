@@ -97,8 +97,10 @@ def pool_checkpoints(
         layers: The records of their layers.
         probes: Their held-out losses.
     """
-    by_step, checkpoints = group_by(layers, "step"), []
-    before, earlier = 0, list[CheckpointLayer]()
+    by_step = group_by(layers, "step")
+    checkpoints = []
+    before = 0
+    earlier: list[CheckpointLayer] = []
     for step in steps:
         group, path = by_step[step.step], legible(step.path)
         fields = series.logged_between(before, step.step) | pool_layers(group, earlier)
@@ -107,7 +109,8 @@ def pool_checkpoints(
         checkpoints.append(
             RunCheckpoint(step=step.step, path=path, final=step.final, losses=losses, **fields)
         )
-        before, earlier = step.step, group
+        before = step.step
+        earlier = group
     return checkpoints
 
 
@@ -120,34 +123,34 @@ def pool_layers(
         group: The records of its layers.
         earlier: Those of the checkpoint before; empty for the first.
     """
-    norms = [(record.fro, record.base_fro or 0.0) for record in group if record.fro is not None]
-    fro, base_fro = (
-        (math.hypot(*column) for column in zip(*norms, strict=True)) if norms else (None, 0.0)
-    )
-    moved = {record.layer: record for record in group if record.increment is not None}
-    before = {record.layer: record.increment for record in earlier if record.increment is not None}
-    # Of layers that are finite at three checkpoints: both increments, and their product, 0 if one
-    # is zero.
-    pairs = [
-        (now.increment or 0.0, before[name], now.cosine or 0.0)
-        for name, now in moved.items()
-        if name in before
-    ]
-    length = (
-        math.prod(math.hypot(*column) for column in list(zip(*pairs, strict=True))[:2])
-        if pairs
-        else 0.0
-    )
+    fro = relative = increment = cosine = None
+    finite = [record for record in group if record.fro is not None]
+    if finite:
+        fro = math.hypot(*(record.fro or 0.0 for record in finite))
+        base_fro = math.hypot(*(record.base_fro or 0.0 for record in finite))
+        relative = fro / base_fro if base_fro else None
+    moved = {record.layer: record.increment for record in group if record.increment is not None}
+    if moved:
+        increment = math.hypot(*moved.values())
+    # Of layers that are finite at three checkpoints; the cosine is None if an increment is zero.
+    before = {record.layer: record.increment for record in earlier}
+    cosines = {record.layer: record.cosine or 0.0 for record in group}
+    sizes, sizes_before, products = [], [], []
+    for name, size in moved.items():
+        size_before = before.get(name)
+        if size_before is not None:
+            sizes.append(size)
+            sizes_before.append(size_before)
+            products.append(size * size_before * cosines[name])
+    length = math.hypot(*sizes) * math.hypot(*sizes_before)
+    if length:
+        cosine = max(-1.0, min(1.0, math.fsum(products) / length))
     medians = ("spectral_share", "effective_rank", "overlap_next", "overlap_last", "overlap_random")
     return {
         "fro": fro,
-        "relative": fro / base_fro if fro is not None and base_fro else None,
-        "increment": math.hypot(*(record.increment or 0.0 for record in moved.values()))
-        if moved
-        else None,
-        "cosine": max(-1.0, min(1.0, math.fsum(map(math.prod, pairs)) / length))
-        if length
-        else None,
+        "relative": relative,
+        "increment": increment,
+        "cosine": cosine,
         **{name: middle([getattr(record, name) for record in group]) for name in medians},
         "layers": len(group),
         "dead": sum(record.dead for record in group),
@@ -164,37 +167,28 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[RunCheckpoint
     """
     steps = [checkpoint.step for checkpoint in checkpoints]
     by_layer = group_by(layers, "layer")
-    unfit = [
-        layer
-        for layer, group in by_layer.items()
-        if any(record.non_finite is not None for record in group)
-    ]
-    finite = {layer: group for layer, group in by_layer.items() if layer not in unfit}
     dead = [layer for layer, group in by_layer.items() if group[-1].dead]
-    frozen = find_frozen({layer: group for layer, group in finite.items() if layer not in dead})
-    collapsed = find_collapses(
-        {layer: group for layer, group in finite.items() if layer not in dead}
-    )
-    # A spike is far above its neighbours both per step and per learning rate, where the rates are
-    # known.
-    intervals = np.asarray(np.diff(steps, prepend=0), np.float64)
-    rates = np.array([checkpoint.rate_sum or 0.0 for checkpoint in checkpoints], np.float64)
-    scales = (intervals, rates) if (rates > 0).all() else (intervals,)
+    finite = {layer: group for layer, group in by_layer.items() if _is_finite(group)}
+    unfit = [layer for layer in by_layer if layer not in finite]
+    alive = {layer: group for layer, group in finite.items() if not group[-1].dead}
+    frozen = find_frozen(alive)
+    collapsed = find_collapses(alive)
+    scales = _list_scales(steps, checkpoints)
     spikes = find_spikes(checkpoints, scales)
     spiked = find_spiked_layers(
         {layer: find_spikes(group, scales) for layer, group in finite.items()}, steps
     )
+    spike = max(spikes)
     spike_step = next(
-        (
-            step
-            for step, ratio in zip(steps, spikes, strict=True)
-            if ratio >= min(SPIKED, max(spikes))
-        )
+        step for step, ratio in zip(steps, spikes, strict=True) if ratio >= min(SPIKED, spike)
     )
-    spiked_at = mode(spiked.values()) if spiked else None
+    spiked_step = mode(spiked.values()) if spiked else None
+    if spike > SPIKED:
+        spiked_step = spike_step
     gram = sum_grams(list(finite.values())) if len(steps) > 2 else None
     path = _judge_path(gram, checkpoints) if gram is not None and gram[-1, -1] > 0 else {}
     other_run = find_other_run(by_layer, checkpoints)
+    frozen_step = min(frozen.values(), default=None)
     affected = {
         "dead": dead,
         "collapsed": [*collapsed],
@@ -209,12 +203,8 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[RunCheckpoint
         ("out of order", path.get("swapped"), (path.get("swapped") or (None,))[0]),
         ("dead", dead, None),
         ("collapsed", collapsed, mode(collapsed.values()) if collapsed else None),
-        (
-            "spiked",
-            spiked or max(spikes) > SPIKED,
-            spike_step if max(spikes) > SPIKED else spiked_at,
-        ),
-        ("frozen", frozen, min(frozen.values(), default=None)),
+        ("spiked", spiked or spike > SPIKED, spiked_step),
+        ("frozen", frozen, frozen_step),
         ("random walk", path and is_walk(path), None),
         ("settled", path.get("settled"), path.get("settled")),
         ("growing", path.get("growth", 0.0) > GROWING, None),
@@ -227,12 +217,29 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[RunCheckpoint
         affected={name: tuple(layers) for name, layers in affected.items()},
         **{name: len(layers) for name, layers in affected.items()},
         repeated=tuple(each.step for each in checkpoints if each.increment == 0.0 and each.fro),
-        spike=max(spikes) or None,
-        spike_step=spike_step if max(spikes) else None,
-        frozen_step=min(frozen.values(), default=None),
+        spike=spike or None,
+        spike_step=spike_step if spike else None,
+        frozen_step=frozen_step,
         other_run=other_run,
         **path,
     )
+
+
+def _is_finite(group: Sequence[CheckpointLayer]) -> bool:
+    """Return whether a layer is finite at all checkpoints."""
+    return all(record.non_finite is None for record in group)
+
+
+def _list_scales(steps: Sequence[int], checkpoints: Sequence[RunCheckpoint]) -> list[Array]:
+    """Return what increments are in proportion to: steps, and learning rates where they are known.
+
+    A spike is far above its neighbours by all of them.
+    """
+    scales: list[Array] = [np.asarray(np.diff(steps, prepend=0), np.float64)]
+    rates = np.array([checkpoint.rate_sum or 0.0 for checkpoint in checkpoints], np.float64)
+    if (rates > 0).all():
+        scales.append(rates)
+    return scales
 
 
 def find_collapses(groups: Mapping[str, Sequence[CheckpointLayer]]) -> dict[str, int]:
@@ -243,7 +250,8 @@ def find_collapses(groups: Mapping[str, Sequence[CheckpointLayer]]) -> dict[str,
     have more of it. Energy outside of σ₁ must be lost, too: near the start, where Adam's step is
     lr·sign(g) of high rank, it grows as the rank falls.
     """
-    sudden, slow = dict[str, int](), dict[str, int]()
+    sudden: dict[str, int] = {}
+    slow: dict[str, int] = {}
     for layer, group in groups.items():
         ranks = [record.effective_rank or 1.0 for record in group]
         rest = [(record.fro or 0.0) ** 2 * (1 - (record.spectral_share or 0.0)) for record in group]
@@ -265,20 +273,17 @@ def find_frozen(groups: Mapping[str, Sequence[CheckpointLayer]]) -> dict[str, in
 
     No stored entry of the layer changes, while another layer changes most of its entries.
     """
-    frozen = dict[str, int]()
-    least = list[float]()  # of all layers, by checkpoint
+    frozen: dict[str, int] = {}
+    least = []  # of all layers, by checkpoint
     for column in zip(*groups.values(), strict=True):
-        least.append(
-            min(1.0 if record.unchanged is None else record.unchanged for record in column)
-        )
+        known = [record.unchanged for record in column if record.unchanged is not None]
+        least.append(min(known, default=1.0))
     for layer, group in groups.items():
-        # A sample of rows does not show that the others stood still, too.
-        moves = [
-            t
-            for t, record in enumerate(group)
-            if record.unchanged != 1.0 or record.method == "rows"
-        ]
-        last = moves[-1] if moves else 0
+        last = 0
+        for t, record in enumerate(group):
+            # A sample of rows does not show that the others stood still, too.
+            if record.unchanged != 1.0 or record.method == "rows":
+                last = t
         if (group[last].increment or 0.0) > 0 and min(least[last + 1 :], default=1.0) < CHANGED:
             frozen[layer] = group[last].step
     return frozen
@@ -291,9 +296,8 @@ def find_spikes(
     in proportion to.
     """
     lengths = np.array([each.increment or 0.0 for each in group])
-    return [
-        min(pair) for pair in zip(*(spike_ratios(lengths / scale) for scale in scales), strict=True)
-    ]
+    ratios = [spike_ratios(lengths / scale) for scale in scales]
+    return [min(pair) for pair in zip(*ratios, strict=True)]
 
 
 def find_spiked_layers(
@@ -334,17 +338,19 @@ def find_other_run(
         if checkpoint.foreign or (kinship is not None and kinship < UNRELATED):
             return checkpoint.step
     turns = [checkpoint.cosine for checkpoint in checkpoints if checkpoint.cosine is not None]
-    return checkpoints[1].step if len(turns) > 2 and median(turns) < ALTERNATING else None
+    if len(turns) > 2 and median(turns) < ALTERNATING:
+        return checkpoints[1].step
+    return None
 
 
 def is_walk(path: Mapping[str, Any]) -> bool:
     """Return whether a path is that of independent steps, with momentum or without."""
-    turn, momentum, drift, far = (
-        path[name] for name in ("cosine", "cosine_momentum", "drift", "cosine_far")
-    )
+    turn = path["cosine"]
+    drift = path["drift"]
+    far = path["cosine_far"]
     if turn is None or drift is None or far is None:
         return False
-    is_turning = -WALK_COSINE < turn < max(WALK_COSINE, momentum + WALK_MOMENTUM)
+    is_turning = -WALK_COSINE < turn < max(WALK_COSINE, path["cosine_momentum"] + WALK_MOMENTUM)
     is_spread = abs(path["first_share"] - path["first_share_random"]) < WALK_SHARE
     return bool(is_turning and is_spread and drift < WALK_DRIFT and far < WALK_FAR)
 
@@ -365,7 +371,8 @@ def sum_grams(groups: Sequence[Sequence[CheckpointLayer]]) -> Array | None:
 
 def _judge_path(gram: Array, checkpoints: Sequence[RunCheckpoint]) -> dict[str, Any]:
     """Return the fields of the run that follow from the Gram matrix of three or more updates."""
-    steps, fro = [checkpoint.step for checkpoint in checkpoints], math.sqrt(gram[-1, -1])
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    fro = math.sqrt(gram[-1, -1])
     products = increments_of(gram)
     lengths = np.sqrt(np.maximum(products.diagonal(), 0.0))
     weight = float((lengths[1:] * lengths[:-1]).sum())
@@ -374,8 +381,11 @@ def _judge_path(gram: Array, checkpoints: Sequence[RunCheckpoint]) -> dict[str, 
     drift, far_cosine = measure_drift(gram, steps)
     ratio, *swapped = best_swap(gram)
     settled = steps[settled_from(distances(gram)[1:, -1] / fro)]
+    settled_schedule = growth_schedule = None
     rates = np.cumsum([checkpoint.rate_sum or 0.0 for checkpoint in checkpoints])
-    by_rates = rates[0] > 0 and bool((np.diff(rates) > 0).all())
+    if rates[0] > 0 and (np.diff(rates) > 0).all():
+        settled_schedule = steps[settled_from(1 - rates / rates[-1])]
+        growth_schedule = 1 - _at_nine_tenths(steps, rates) / float(rates[-1])
     return {
         "first_share": share,
         "first_share_random": share_random,
@@ -387,11 +397,9 @@ def _judge_path(gram: Array, checkpoints: Sequence[RunCheckpoint]) -> dict[str, 
         "drift": drift,
         "swapped": tuple(steps[i] for i in swapped) if ratio < SWAPPED else None,
         "settled": settled if settled <= LATEST_SETTLED * steps[-1] else None,
-        "settled_schedule": steps[settled_from(1 - rates / rates[-1])] if by_rates else None,
+        "settled_schedule": settled_schedule,
         "growth": 1 - _at_nine_tenths(steps, np.sqrt(gram.diagonal())) / fro,
-        "growth_schedule": 1 - _at_nine_tenths(steps, rates) / float(rates[-1])
-        if by_rates
-        else None,
+        "growth_schedule": growth_schedule,
     }
 
 

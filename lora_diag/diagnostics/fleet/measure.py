@@ -110,18 +110,19 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
         indices_by_kind.setdefault(delta.thin.kind, []).append(i)
     batches: list[list[int]] = []
     for indices in indices_by_kind.values():
-        batch_size = max(1, ENTRIES // (max(deltas[indices[0]].shape) * deltas[indices[0]].rank))
-        batches += [
-            indices[start : start + batch_size] for start in range(0, len(indices), batch_size)
-        ]
-    reduced = [_reduce([deltas[i] for i in batch]) for batch in batches]
+        first = deltas[indices[0]]
+        size = max(1, ENTRIES // (max(first.shape) * first.rank))
+        batches += [indices[start : start + size] for start in range(0, len(indices), size)]
+    left, right, folded = [], [], []
+    for batch in batches:
+        left_grams, right_grams, factors = _reduce([deltas[i] for i in batch])
+        left.append(left_grams)
+        right.append(right_grams)
+        folded += factors
     order = [i for batch in batches for i in batch]
-    folded = [each for _, _, factors in reduced for each in factors]
-    left, right = (
-        _concatenate([grams for grams, _, _ in reduced]),
-        _concatenate([grams for _, grams, _ in reduced]),
+    values = thin.thin_energies(
+        _concatenate(left), _concatenate(right), np.array([layer.scale for layer in folded])
     )
-    values = thin.thin_energies(left, right, np.array([layer.scale for layer in folded]))
     known = np.flatnonzero(values.energy_error <= thin.MAX_GRAM_ERROR).tolist()
     measured: list[Measured | None] = [None] * len(deltas)
     if known:
@@ -156,10 +157,8 @@ def _reduce(deltas: Sequence[FactoredDelta]) -> tuple[thin.Grams, thin.Grams, li
     """Return BᵀB and AAᵀ of layers of one kind, and their folded factors."""
     factors = [delta.thin for delta in deltas if delta.thin is not None]
     b = thin.to_row_major(factors[0].read_each_b(factors))
-    left, rows = (
-        thin.compute_grams(b),
-        thin.fold(b, thin.BOTH).reshape(len(factors), 2, thin.LENGTH, -1),
-    )
+    left = thin.compute_grams(b)
+    rows = thin.fold(b, thin.BOTH).reshape(len(factors), 2, thin.LENGTH, -1)
     del b
     a = thin.to_row_major(factors[0].read_each_a(factors).transpose(0, 2, 1))
     columns = thin.fold(a, thin.COLUMNS)
@@ -199,13 +198,14 @@ def _measure_folded(
         thin.mix_columns(left_rows, directions @ directions.transpose(0, 2, 1)), right_rows, names
     )
     ranks = [int(rank) or values.s.shape[1] for rank in ranks_99]
-    measured = zip(
-        deltas, values.fro.tolist(), values.s[:, 0].tolist(), ranks, update, space, strict=True
-    )
-    return [
-        _make_measured(delta.rank, *rest) if math.isfinite(rest[0]) else None
-        for delta, *rest in measured
-    ]
+    measured: list[Measured | None] = []
+    for i, norm in enumerate(values.fro.tolist()):
+        layer = None
+        if math.isfinite(norm):
+            sigma_1 = float(values.s[i, 0])
+            layer = _make_measured(deltas[i].rank, norm, sigma_1, ranks[i], update[i], space[i])
+        measured.append(layer)
+    return measured
 
 
 def _normalize(arrays: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.float64]]:
@@ -243,12 +243,19 @@ def measure_dense(path: str, delta: Delta, device: str) -> Measured:
         return _make_measured(rank, 0.0)
     s = factors.s.numpy()
     rank_99 = rank_at(energy_curve(s, factors.fro, factors.complete), ENERGY) or len(s)
-    matrices = change.factors if change.factors is not None else (change.matrix,)
-    arrays = [matrix.to("cpu", torch.float64).numpy() for matrix in matrices if matrix is not None]
-    update = thin.sketch((arrays[0], arrays[1]) if len(arrays) == 2 else arrays[0], delta.layer)
+    if change.factors is not None:
+        b, a = map(_to_float64, change.factors)
+        update = thin.sketch((b, a), delta.layer)
+    else:
+        assert change.matrix is not None
+        update = thin.sketch(_to_float64(change.matrix), delta.layer)
     columns = factors.vectors[0][:, :rank_99].cpu().numpy()
     space = thin.sketch((columns, columns.T), delta.layer)
     return _make_measured(rank, factors.fro, float(s[0]), rank_99, update, space)
+
+
+def _to_float64(matrix: torch.Tensor) -> NDArray[np.float64]:
+    return matrix.to("cpu", torch.float64).numpy()
 
 
 # Maximum number of layers that are computed together: 8 blocks of seven matrices, so that batches
@@ -274,11 +281,9 @@ def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) 
             not converge.
     """
     layers: dict[str, FleetLayer] = {}
-    update, space, sigma_1_norm = (
-        np.zeros(thin.LENGTH),
-        np.zeros(thin.LENGTH),
-        0.0,
-    )  # sigma_1_norm²: Σσ_1²
+    update = np.zeros(thin.LENGTH)
+    space = np.zeros(thin.LENGTH)
+    sigma_1_norm = 0.0  # √(Σσ_1²)
     for delta, measured in _measure_layers(path, deltas, device):
         layers[delta.layer] = measured.layer
         sigma_1_norm = math.hypot(sigma_1_norm, measured.sigma_1)
@@ -314,17 +319,18 @@ def _measure_layers(
     """Yield each layer with its measurement, in order; on ``cpu``, measure consecutive thin ones of
     a rank together.
     """
-    for key, group in groupby(
-        deltas, lambda delta: delta.rank if device == "cpu" and is_thin(delta) else None
-    ):
-        while batch := list(islice(group, TOGETHER if key is not None else 1)):
-            together = [delta for delta in batch if is_thin(delta)] if key is not None else []
-            for delta, measured in zip(
-                batch, measure_thin(together) if together else [None], strict=True
-            ):
-                if measured is None:
-                    measured = measure_dense(path, delta, device)
-                yield delta, measured
+
+    def find_rank(delta: Delta) -> int | None:
+        """Return the rank of a layer to measure with others; None for one on its own."""
+        return delta.rank if device == "cpu" and is_thin(delta) else None
+
+    for rank, group in groupby(deltas, find_rank):
+        while batch := list(islice(group, 1 if rank is None else TOGETHER)):
+            found: list[Measured | None] = [None] * len(batch)
+            if rank is not None:
+                found = measure_thin([delta for delta in batch if is_thin(delta)])
+            for delta, measured in zip(batch, found, strict=True):
+                yield delta, measured or measure_dense(path, delta, device)
 
 
 def _round(values: NDArray[np.float64]) -> tuple[float, ...]:
@@ -366,15 +372,11 @@ class FleetPath:
         """Return the path with the digest and size of its current files; empty and 0 for a remote
         path.
         """
+        if isinstance(path, RemotePath):
+            return cls(path, "")
         sizes: dict[str, int] = {}
         with suppress(OSError):
-            files = (
-                []
-                if isinstance(path, RemotePath)
-                else sorted(path.iterdir())
-                if path.is_dir()
-                else [path]
-            )
+            files = sorted(path.iterdir()) if path.is_dir() else [path]
             sizes = {
                 file.name: file.stat().st_size
                 for file in files
@@ -515,17 +517,14 @@ def _measure_member(member: Member, settings: FleetSettings) -> tuple[Fleet | Le
         opened = open_base(locate(base)) if base is not None else None
         source = locate(path)
         if base is None and not source.is_adapter:
-            holds_adapters = path.is_dir() and any(map(is_adapter, path.iterdir()))
-            fix = (
-                f"quote the pattern '{path}/**' for the adapters in it"
-                if holds_adapters
-                else "give its base with $base if it is a checkpoint"
-            )
+            fix = "give its base with $base if it is a checkpoint"
+            if path.is_dir() and any(map(is_adapter, path.iterdir())):
+                fix = f"quote the pattern '{path}/**' for the adapters in it"
             raise InputError(path, "is not an adapter", fix)
         update = open_update(source, opened, settings.stated_alpha)
         deltas = pair_update(opened, update, settings.layers, settings.exclude)[0].deltas
-        kind, matrices = legible(update.kind), (delta for delta in deltas if delta.is_matrix)
-        return (measure_adapter(member.layer, kind, matrices, settings.device),)
+        matrices = [delta for delta in deltas if delta.is_matrix]
+        return (measure_adapter(member.layer, legible(update.kind), matrices, settings.device),)
     except LoradiagError as error:
         detail = str(error).removeprefix(f"{path}: ")
         return (LeftOut(layer=member.layer, shape=(), reason="unreadable", detail=detail),)

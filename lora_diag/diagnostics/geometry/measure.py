@@ -9,7 +9,7 @@ import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -116,10 +116,9 @@ def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> 
     ``measure_layer``.
     """
     if settings.memory is not None and device.type == "cpu":
-        description = "both weights, their singular vectors and a baseline take"
-        require_memory(
-            max_bytes(delta, settings), settings.memory, delta.shape, description, "$exclude it"
-        )
+        needed = max_bytes(delta, settings)
+        use = "both weights, their singular vectors and a baseline take"
+        require_memory(needed, settings.memory, delta.shape, use, "$exclude it")
     change = load_change(delta, device)
     if change.non_finite is not None:
         return not_finite(delta, change.non_finite)
@@ -129,66 +128,60 @@ def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> 
     fro = norm([update])
     if not math.isfinite(fro):
         return not_finite(delta, "W_base + ΔW is not finite")
-    common = {
-        "layer": delta.layer,
-        "shape": delta.shape,
-        "eta": settings.eta,
-        "base_fro": norm([weight]),
-    }
     k = max(1, min(settings.k, min(delta.shape) // 2))
+    common: dict[str, Any] = {"layer": delta.layer, "shape": delta.shape, "eta": settings.eta}
+    common |= {"base_fro": norm([weight]), "k": k, "fro": fro}
     if fro == 0.0:
-        return Geometry(**common, k=k, fro=fro)
+        return Geometry(**common)
     factors = decompose(update) if change.factors is None else change.decompose()
-    found = resolution(change.rounding, factors)
-    signal = (
-        found.signal_rank
-        if found.signal_rank and found.signal_rank <= min(delta.shape) // 2
-        else None
-    )
-    top = min(max(k, signal or 0, IntruderSettings().k), *delta.shape)
-    frame = Frame.of(weight, k, top, settings.eta, settings.method)
+    signal = resolution(change.rounding, factors).signal_rank
+    has_space = signal is not None and 0 < signal <= min(delta.shape) // 2
+    top = max(k, IntruderSettings().k, signal if signal and has_space else 0)
+    frame = Frame.of(weight, k, min(top, *delta.shape), settings.eta, settings.method)
     moved, spaces = measure_movement(frame, update, float(factors.s[0]))
-    random = torch.Generator().manual_seed(
-        (settings.seed + zlib.crc32(delta.layer.encode())) % 2**63
-    )
+    seed = settings.seed + zlib.crc32(delta.layer.encode())
+    random = torch.Generator().manual_seed(seed % 2**63)
+    rank_random = rank_90_random = left = right = None
+    if not isinstance(delta, FactoredDelta):
+        signs = decompose(flip_signs(update, random))
+        rank_random = numerical_rank(signs)
+        rank_90_random = _find_rank_90(signs)
+    if signal and has_space:
+        left, right = _compare_spaces(frame.spaces, spaces, signal)
+    draws = _count_draws(delta, settings)
+    chance = _measure_chance(frame, fro, draws, random)
     stored = _find_format(delta, change)
-    signs = None if isinstance(delta, FactoredDelta) else decompose(flip_signs(update, random))
-    left, right = (
-        None if signal is None else angle
-        for angle in _compare_spaces(frame.spaces, spaces, signal or 1)
-    )
-    sines = (
-        bound_space_error(matrix, each, k)
-        for matrix, each in ((weight, frame.spaces), (weight + update, spaces))
-    )
+    rounding = _measure_rounding(frame, update, stored, draws, random)
+    heads = list_heads(delta.layer, delta.shape, delta.base.checkpoint.config)
     return Geometry(
         **common,
-        k=k,
-        fro=fro,
         stored=stored,
-        angle_error=min(90.0, math.fsum(math.degrees(math.asin(sine)) for sine in sines)),
-        signal_rank=found.signal_rank,
+        angle_error=_bound_angle_error(weight, update, (frame.spaces, spaces), k),
+        signal_rank=signal,
         signal_left=left,
         signal_right=right,
         rank=numerical_rank(factors),
         rank_90=_find_rank_90(factors),
-        rank_random=None if signs is None else numerical_rank(signs),
-        rank_90_random=None if signs is None else _find_rank_90(signs),
+        rank_random=rank_random,
+        rank_90_random=rank_90_random,
         moved=moved,
-        chance=_measure_chance(frame, fro, _count_draws(delta, settings), random),
-        rounding=_measure_rounding(frame, update, stored, _count_draws(delta, settings), random)
-        if stored
-        else None,
+        chance=chance,
+        rounding=rounding,
         magnitude=split_magnitude(weight, update),
-        heads=tuple(
-            measure_heads(
-                list_heads(delta.layer, delta.shape, delta.base.checkpoint.config), weight, update
-            )
-        ),
+        heads=tuple(measure_heads(heads, weight, update)),
         lens=tuple(_look(delta, change, update, random)) if settings.lens else (),
         intruders=_find_intruders(delta, frame, spaces, fro),
         method=frame.spaces.method,
     )
+
+
+def _bound_angle_error(
+    weight: Tensor, update: Tensor, spaces: tuple[Spaces, Spaces], k: int
+) -> float:
+    """Return a bound on the error of the angles between both leading spaces, in degrees."""
+    before = bound_space_error(weight, spaces[0], k)
+    after = bound_space_error(weight + update, spaces[1], k)
+    return min(90.0, math.degrees(math.asin(before)) + math.degrees(math.asin(after)))
 
 
 def _find_intruders(delta: Delta, frame: Frame, spaces: Spaces, fro: float) -> Intruders:
@@ -209,11 +202,10 @@ def _look(
     """Return the tokens of the leading directions of ΔW."""
     assert delta.base is not None
     count = min(DIRECTIONS, *delta.shape)
-    factors = (
-        change.decompose(top=count, vectors=True)
-        if change.factors
-        else decompose(update, "auto", count, None, True)
-    )
+    if change.factors:
+        factors = change.decompose(top=count, vectors=True)
+    else:
+        factors = decompose(update, "auto", count, None, True)
     u, vh = factors.vectors
     kept = min(count, numerical_rank(factors))
     return look_through(delta.layer, (u[:, :kept], vh[:kept].T), delta.base.checkpoint, random)
@@ -241,18 +233,17 @@ def _find_format(delta: Delta, change: Change) -> str | None:
 
 def _find_rank_90(factors: Factors) -> int:
     """Return the smallest r with C(r) ≥ 0.9 of all singular values."""
-    return rank_at(energy_curve(factors.s.numpy(), factors.fro, complete=True), 0.9) or len(
-        factors.s
-    )
+    curve = energy_curve(factors.s.numpy(), factors.fro, complete=True)
+    return rank_at(curve, 0.9) or len(curve)
 
 
 def _compare_spaces(before: Spaces, after: Spaces, k: int) -> tuple[float, float]:
     """Return the mean principal angles of the leading left and right spaces of dimension k, in
     degrees.
     """
-    pairs = ((before.u, after.u), (before.v, after.v))
-    left, right = (float(principal_angles(a[:, :k], b[:, :k]).mean()) for a, b in pairs)
-    return left, right
+    left = principal_angles(before.u[:, :k], after.u[:, :k])
+    right = principal_angles(before.v[:, :k], after.v[:, :k])
+    return float(left.mean()), float(right.mean())
 
 
 def _measure_chance(
@@ -267,9 +258,13 @@ def _measure_chance(
 
 
 def _measure_rounding(
-    frame: Frame, update: Tensor, stored: str, draws: int, random: torch.Generator
+    frame: Frame, update: Tensor, stored: str | None, draws: int, random: torch.Generator
 ) -> GeometryBaseline | None:
-    """Return the statistics of the rounding null; None if rounding leaves nothing of any draw."""
+    """Return the statistics of the rounding null; None without a format, or if rounding leaves
+    nothing of any draw.
+    """
+    if stored is None:
+        return None
     dtype = getattr(torch, stored)
     entries = undo_rounding(frame.weight, update, dtype, random)
     placed = (

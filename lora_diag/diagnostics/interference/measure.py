@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.adapters import locate
-from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, footprint
+from lora_diag.deltas import DenseDelta, FactoredDelta, footprint
 from lora_diag.diagnostics.interference import InterferenceOptions
 from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, MergeLoss, Union
 from lora_diag.diagnostics.spectrum.record import Spectrum
@@ -150,12 +150,11 @@ def read_part(
     change = load_change(update.delta, device)
     if change.non_finite is not None:
         return change
-    top, method = max(settings.ranks), settings.method
+    method = settings.method
     if method == "auto" and min(update.delta.shape) > EXACT_UP_TO:
         method = "gram"  # all values are needed, few vectors
-    factors = change.decompose(
-        method, None if change.factors else top, True, settings.tol, settings.seed
-    )
+    top = None if change.factors else max(settings.ranks)
+    factors = change.decompose(method, top, True, settings.tol, settings.seed)
     rest = factors.rest
     if rest is None and factors.method == "gram":  # its largest vectors were computed alone
         rest = change.decompose("gram").s[len(factors.s) :]
@@ -241,14 +240,14 @@ def measure_factor_merges(
     merges: dict[str, MergeLoss | None] = dict.fromkeys(("cat", "linear", "ties", "ties_dense"))
     if adapters is None:
         return merges
-    b, a = [b for b, _, _ in adapters], [a for _, a, _ in adapters]
+    b = [b for b, _, _ in adapters]
+    a = [a for _, a, _ in adapters]
     scales = [weight * scale for (_, _, scale), weight in zip(adapters, weights, strict=True)]
     merges["cat"] = _measure_loss(summed, fro, stack_products(list(zip(b, a, strict=True)), scales))
     if len({factor.shape[1] for factor in b}) == 1 and min(scales) > 0:
         roots = list(map(math.sqrt, scales))
-        merges["linear"] = _measure_loss(
-            summed, fro, (_add_weighted(b, roots), _add_weighted(a, roots))
-        )
+        linear = _add_weighted(b, roots), _add_weighted(a, roots)
+        merges["linear"] = _measure_loss(summed, fro, linear)
         if density:
             ties = ties_factor(b, roots, density), ties_factor(a, roots, density)
             merges["ties"] = _measure_loss(summed, fro, ties)
@@ -286,19 +285,18 @@ def measure_union(
     summed = sum_matrices([part.matrix for part in parts], weights)
     if isinstance(summed, tuple):
         factors = exact.decompose_factored(*summed, vectors=True)
+        zero, dtype = exact.ZERO_FACTORED, "float32"
     else:
         factors = decompose(summed, settings.method, None, None, True, settings.tol, settings.seed)
+        zero, dtype = exact.ZERO_DENSE, "float64"
     # A sum that cancels leaves only rounding of the parts.
     parts_norm = math.hypot(*(part.fro for part in parts))
-    if (
-        factors.fro
-        <= (exact.ZERO_FACTORED if isinstance(summed, tuple) else exact.ZERO_DENSE) * parts_norm
-    ):
+    if factors.fro <= zero * parts_norm:
         factors = replace(factors, s=torch.zeros_like(factors.s), fro=0.0, energy_error=0.0)
     spectrum = record_of(
         task.layer,
         task.shape,
-        (None, "float32" if isinstance(summed, tuple) else "float64"),
+        (None, dtype),
         None,
         factors,
         settings.ranks,
@@ -308,9 +306,8 @@ def measure_union(
         str(share): sum(rank_at(part.curve, share) or 0 for part in changed) for share in THRESHOLDS
     }
     parts_effective_rank = sum(part.effective_rank for part in changed)
-    has_sum = len(changed) > 1 and factors.fro > 0
-    fields: dict[str, Any] = {}
-    if has_sum:
+    fields: dict[str, Any] = {"additive": dict.fromkeys(parts_rank_at), "additive_effective": None}
+    if len(changed) > 1 and factors.fro > 0:
         fields = _measure_sum(changed, factors, spectrum.rank_at, task.shape, settings)
         fields |= _measure_merges(parts, summed, factors.fro, weights, settings.density)
         # To the requested ranks, and to PEFT's default, the largest of the adapters'.
@@ -319,6 +316,11 @@ def measure_union(
             str(rank): math.hypot(*factors.s[rank:].flip(0).tolist()) / factors.fro
             for rank in sorted(ranks)
         }
+        fields["additive"] = {
+            share: _divide(spectrum.rank_at[share], ranks_sum)
+            for share, ranks_sum in parts_rank_at.items()
+        }
+        fields["additive_effective"] = _divide(spectrum.effective_rank, parts_effective_rank)
     return Union(
         layer=task.layer,
         shape=task.shape,
@@ -328,14 +330,7 @@ def measure_union(
         parts_fro=tuple(part.fro for part in changed),
         spectrum=spectrum,
         parts_rank_at=parts_rank_at,
-        additive={
-            share: _divide(spectrum.rank_at[share], ranks_sum) if has_sum else None
-            for share, ranks_sum in parts_rank_at.items()
-        },
         parts_effective_rank=parts_effective_rank,
-        additive_effective=_divide(spectrum.effective_rank, parts_effective_rank)
-        if has_sum
-        else None,
         energy_ratio=factors.fro**2 / parts_norm**2 if len(changed) > 1 else None,
         **fields,
     )
@@ -382,21 +377,19 @@ def _measure_sum(
         kept_by_part.append((core.tril().sum(1) + core.triu(1).sum(0)).cumsum(0).cpu())
         within.append(inside.square_().sum(1).cumsum(0).clamp(max=1.0).cpu())
     # Beyond the rank of S its vectors are arbitrary, and an adapter for S has no columns.
-    weakest = (
-        torch.stack(kept_by_part)
-        .min(0)
-        .values.clamp(max=1.0)
-        .numpy()[: exact.numerical_rank(factors)]
-    )
+    weakest = torch.stack(kept_by_part).min(0).values.clamp(max=1.0).numpy()
+    weakest = weakest[: exact.numerical_rank(factors)]
     # The smallest k with ‖S − S_k‖_F ≤ 0.05‖S‖_F (Marczak et al. 2025, arXiv 2502.04959).
     curve = energy_curve(factors.s.numpy(), factors.fro, factors.complete)
     alignment_rank = rank_at(curve, 1 - ALIGNMENT_ERROR**2) or len(curve)
     alignments = [math.sqrt(energies[alignment_rank - 1]) for energies in within]
+    rank_for_all = {str(share): rank_at(weakest, share * (1 - 1e-9)) for share in THRESHOLDS}
+    weakest_kept = {
+        share: float(weakest[r - 1]) if r else None for share, r in rank_at_share.items()
+    }
     return {
-        "rank_for_all": {str(share): rank_at(weakest, share * (1 - 1e-9)) for share in THRESHOLDS},
-        "weakest_kept": {
-            share: float(weakest[r - 1]) if r else None for share, r in rank_at_share.items()
-        },
+        "rank_for_all": rank_for_all,
+        "weakest_kept": weakest_kept,
         **_measure_task_interference(changed, shape, max(settings.ranks)),
         "alignment": sum(alignments) / len(alignments),
         "alignments": tuple(alignments),
@@ -449,15 +442,11 @@ def _get_adapter_factors(parts: Sequence[Part]) -> list[AdapterFactors] | None:
     """
     adapters = []
     for part in parts:
-        delta = part.update.delta
-        if (
-            not isinstance(part.matrix, tuple)
-            or not isinstance(delta, FactoredDelta)
-            or not delta.scale
-        ):
+        scale = part.update.delta.scale if isinstance(part.update.delta, FactoredDelta) else None
+        if not isinstance(part.matrix, tuple) or not scale:
             return None
         b, a = (factor.to(torch.float64) for factor in part.matrix)
-        adapters.append((b / delta.scale, a, delta.scale))
+        adapters.append((b / scale, a, scale))
     return adapters
 
 
@@ -478,21 +467,24 @@ def max_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
     products of the sum's vectors with each update, and TIES, which sorts the entries of one update
     at a time.
     """
-    entries, smaller_side = math.prod(task.shape), min(task.shape)
+    entries = math.prod(task.shape)
+    smaller_side = min(task.shape)
     vectors = 8 * smaller_side * sum(task.shape)
-    dense = [update.delta for update in task.updates if not isinstance(update.delta, FactoredDelta)]
-    stored_bytes = sum(
-        footprint(u.delta) for u in task.updates if isinstance(u.delta, FactoredDelta)
-    )
-    stored_bytes += sum(entries * _entry_bytes(delta) + vectors for delta in dense)
     requested = Allowance(0, settings.method, None, vectors=True)
-    entry_sizes = (
-        COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else _entry_bytes(delta)
-        for delta in dense
-    )
-    steps = [whole_bytes(task.shape, requested, entry_size) for entry_size in entry_sizes]
-    sum_bytes = 0
-    if dense:
+    stored_bytes = sum_bytes = 0
+    steps = []
+    for update in task.updates:
+        delta = update.delta
+        if isinstance(delta, FactoredDelta):
+            stored_bytes += footprint(delta)
+            continue
+        is_wide = isinstance(delta, DenseDelta) or "float64" in delta.dtypes
+        entry = 8 if is_wide else 4
+        stored_bytes += entries * entry + vectors
+        if isinstance(delta, DenseDelta):
+            entry = COMPUTED_ENTRY_BYTES
+        steps.append(whole_bytes(task.shape, requested, entry))
+    if steps:
         sum_bytes = 8 * entries + vectors
         steps += [whole_bytes(task.shape, requested, 8), sum_bytes + 6 * 8 * smaller_side**2]
     if settings.density > 0:
@@ -501,30 +493,17 @@ def max_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
     return stored_bytes + max(steps, default=0)
 
 
-def _entry_bytes(delta: Delta) -> int:
-    """Return the bytes of an entry of ΔW in memory."""
-    return 8 if isinstance(delta, DenseDelta) or "float64" in delta.dtypes else 4
-
-
 def _check_memory(task: LayerUpdates, settings: InterferenceSettings) -> None:
     """Refuse a layer that does not fit into the memory limit."""
     if settings.memory is None:
         return
-    needed, without_ties = (
-        max_bytes(task, settings),
-        max_bytes(task, replace(settings, density=0.0)),
-    )
-    fix = (
-        "$density 0, which leaves out TIES and sign conflicts"
-        if without_ties <= settings.memory
-        else "$exclude it"
-    )
-    factored = all(isinstance(update.delta, FactoredDelta) for update in task.updates)
-    description = (
-        "the entries of its updates, for TIES,"
-        if factored
-        else "its updates with all their singular vectors"
-    )
+    fix = "$exclude it"
+    if max_bytes(task, replace(settings, density=0.0)) <= settings.memory:
+        fix = "$density 0, which leaves out TIES and sign conflicts"
+    description = "its updates with all their singular vectors"
+    if all(isinstance(update.delta, FactoredDelta) for update in task.updates):
+        description = "the entries of its updates, for TIES,"
+    needed = max_bytes(task, settings)
     require_memory(needed, settings.memory, task.shape, f"{description} take", fix)
 
 
@@ -542,15 +521,13 @@ def measure_layer(
             finite or its norm
         is out of range, one ``left_out`` record instead.
     """
-    records, fallback = compute_on_device(
+    (*records, last), fallback = compute_on_device(
         partial(_measure_on, task, settings), resolve_device(settings.device)
     )
-    return tuple(
-        record.model_copy(update={"spectrum": append_note(record.spectrum, fallback)})
-        if isinstance(record, Union)
-        else record
-        for record in records
-    )
+    if isinstance(last, Union):
+        spectrum = append_note(last.spectrum, fallback)
+        last = last.model_copy(update={"spectrum": spectrum})
+    return (*records, last)
 
 
 def _measure_on(
@@ -581,18 +558,19 @@ def _compare_pair(
     cosine = max(-1.0, min(1.0, cosine))
     cosine_random = 1 / math.sqrt(math.prod(task.shape))
     # Up to the larger number of directions; larger ranks give the same.
-    ranks = [r for r in settings.ranks if r <= max(first.rank, second.rank)] or [
-        min(settings.ranks)
-    ]
+    limit = max(first.rank, second.rank)
+    ranks = [rank for rank in settings.ranks if rank <= limit] or [min(settings.ranks)]
     relation_rank = min(ranks, key=lambda rank: abs(rank - RELATION_RANK))
-    pairs = ((first, second), (second, first))
-    left = [_compute_energy_within(one.u, other) for one, other in pairs]
-    right = [_compute_energy_within(one.v, other, rows=True) for one, other in pairs]
-    near = all(
-        _is_near_chance(energies, relation_rank, task.shape[side], other)
-        for side, both in enumerate((left, right))
-        for energies, (_, other) in zip(both, pairs, strict=True)
-    )
+    rows, columns = task.shape
+    left, right = [], []
+    near = True
+    for one, other in ((first, second), (second, first)):
+        in_columns = _compute_energy_within(one.u, other)
+        in_rows = _compute_energy_within(one.v, other, rows=True)
+        near &= _is_near_chance(in_columns, relation_rank, rows, other)
+        near &= _is_near_chance(in_rows, relation_rank, columns, other)
+        left.append(in_columns)
+        right.append(in_rows)
     noise = "unresolved" in {first.resolution.verdict, second.resolution.verdict}
     return Interference(
         layer=task.layer,
@@ -605,7 +583,7 @@ def _compare_pair(
         cosine_random=cosine_random,
         columns={str(r): agreement(first.u[:, :r], second.u[:, :r]) for r in ranks},
         rows={str(r): agreement(first.v[:, :r], second.v[:, :r]) for r in ranks},
-        energy={str(r): _make_energy_overlap(left, r, task.shape[0]) for r in ranks},
+        energy={str(r): _make_energy_overlap(left, r, rows) for r in ranks},
         relation="noise" if noise else subspaces.classify_relation(near, cosine, cosine_random),
     )
 

@@ -55,7 +55,7 @@ class Rule:
             version read.
         read: Versions whose source was read, the newest last.
         applies: Returns the treatment of an item of a loaded adapter.
-        refuses: Returns the reason for not loading an adapter; empty if it is loaded.
+        refusals: Returns the reasons for not loading an adapter; none if it is loaded.
         unjudged: Returns what is not known of an adapter without its BASE; empty if nothing.
     """
 
@@ -63,7 +63,7 @@ class Rule:
     until: str
     read: tuple[str, ...]
     applies: Callable[[Contents, Item], Outcome]
-    refuses: Callable[[Contents], str] = lambda contents: ""
+    refusals: Callable[[Contents], Iterable[str]] = lambda contents: ()
     unjudged: Callable[[Contents], str] = lambda contents: ""
 
     @property
@@ -71,7 +71,13 @@ class Rule:
         """The range, such as ``< 0.32``; of rules from the newest to the oldest, the first that
         holds applies.
         """
-        return f"< {self.until}" if self.until else f"≥ {self.since}" if self.since else "all"
+        if self.until:
+            return f"< {self.until}"
+        return f"≥ {self.since}" if self.since else "all"
+
+    def refuses(self, contents: Contents) -> str:
+        """Return the reason for not loading an adapter; empty if it is loaded."""
+        return join_reasons(*self.refusals(contents))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,19 +117,18 @@ class Consumer:
         """
         if not version:
             return self.rules[0]
-        if rule_read := next((rule for rule in self.rules if version in rule.read), None):
-            return rule_read  # a commit is not a number
+        for rule in self.rules:
+            if version in rule.read:
+                return rule  # a commit is not a number
         if not _VERSION.fullmatch(version):
             raise UsageError(
                 Given("consumers", f"{self.name}=={version}"),
                 "not a version",
                 f"give one such as {self.newest}",
             )
-        if rule := next(
-            (rule for rule in self.rules if not rule.since or not is_before(version, rule.since)),
-            None,
-        ):
-            return rule
+        for rule in self.rules:
+            if not rule.since or not is_before(version, rule.since):
+                return rule
         raise UsageError(
             Given("consumers", f"{self.name}=={version}"),
             "no rule is known for it",
@@ -179,11 +184,9 @@ def find_refusal(
     if contents.form == "peft" and not contents.config:
         return "adapter_config.json is missing or gives no lora_alpha; --fix writes one"
     rank = find_largest_rank(contents)
-    limit = (
-        max_lora_rank
-        if max_lora_rank is not None and consumer.rank_option
-        else consumer.largest_rank
-    )
+    limit = consumer.largest_rank
+    if max_lora_rank is not None and consumer.rank_option:
+        limit = max_lora_rank
     if limit is not None and rank > limit:
         return f"rank {rank} is above {consumer.rank_option} {limit}"
     return rule.refuses(contents)
@@ -198,14 +201,10 @@ def _explain_tie(form: str, contents: Contents) -> str:
     """Return why the program of a layout does not load an adapter of a BASE with a tied head; empty
     if it does.
     """
-    return next(
-        (
-            f"{reason} ({item.layer})"
-            for item in contents.items
-            if (reason := why_not_tied(form, item))
-        ),
-        "",
-    )
+    for item in contents.items:
+        if reason := why_not_tied(form, item):
+            return f"{reason} ({item.layer})"
+    return ""
 
 
 def _explain_possible_tie(form: str, contents: Contents) -> str:
@@ -267,30 +266,27 @@ def _find_settings(contents: Contents, item: Item, together: bool) -> tuple[int,
     0.14.
     """
     config = contents.config
-    ranks, alphas = (
-        dict[str, Any](config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")
-    )
-    tables = [[*ranks, *alphas]] * 2 if together else [[*ranks], [*alphas]]
-    rank_key, alpha_key = (_find_pattern_key(keys, item.module) for keys in tables)
+    ranks: Mapping[str, int] = config.get("rank_pattern") or {}
+    alphas: Mapping[str, float] = config.get("alpha_pattern") or {}
+    rank_key = _find_pattern_key([*ranks, *alphas] if together else ranks, item.module)
+    alpha_key = rank_key if together else _find_pattern_key(alphas, item.module)
     return ranks.get(rank_key, config["r"]), alphas.get(alpha_key, config["lora_alpha"])
 
 
-def _refuse_peft_old(contents: Contents, together: bool) -> str:
-    """Return why PEFT before 0.15, or with ``together`` before 0.14, does not load an adapter;
-    empty if it does.
-    """
+def _refuse_peft_old(contents: Contents, together: bool) -> Iterator[str]:
+    """Yield why PEFT before 0.15, or with ``together`` before 0.14, does not load an adapter."""
     if contents.config.get("peft_type") != "LORA":
-        return ""
-    if together and (unknown := sorted(contents.config.keys() - _FIELDS_BEFORE_0_14)):
-        return f"adapter_config.json has fields that it does not know: {', '.join(unknown[:3])}"
+        return
+    unknown = sorted(contents.config.keys() - _FIELDS_BEFORE_0_14)
+    if together and unknown:
+        yield f"adapter_config.json has fields that it does not know: {', '.join(unknown[:3])}"
+        return
     for item in contents.pairs:
         rank, _ = _find_settings(contents, item, together)
         if item.part != "experts" and rank != item.rank:
-            return (
-                f"{item.module} has rank {item.rank}, and its patterns give it {rank}: size "
-                "mismatch"
-            )
-    return ""
+            problem = f"has rank {item.rank}, and its patterns give it {rank}: size mismatch"
+            yield f"{item.module} {problem}"
+            return
 
 
 def _apply_peft_old(contents: Contents, item: Item, together: bool) -> Outcome:
@@ -368,42 +364,49 @@ _UNSUPPORTED = {
 }
 
 
-def _refuse_vllm(contents: Contents, since: str) -> str:
-    """Return why the versions of vLLM from ``since`` do not load an adapter; empty if they do."""
+# Heads that it takes in full.
+_SAVED_HEADS = ("classifier", "score")
+
+
+def _refuse_vllm(contents: Contents, since: str) -> Iterator[str]:
+    """Yield why the versions of vLLM from ``since`` do not load an adapter."""
     config = contents.config
-    allowed = ("classifier", "score") if since != "0.10" else ()
-    given = config.get("modules_to_save") or []
-    saved = [
-        str(name) for name in (given if isinstance(given, list) else [given]) if name not in allowed
-    ]
-    start = config.get("init_lora_weights")
-    unsupported = [word for key, word in _UNSUPPORTED.items() if config.get(key)]
-    changed = isinstance(start, str) and start.lower() not in _PLAIN_STARTS
-    odd = contents.first("convolution", "rows", "other") or (
-        contents.first("experts") if since == "0.10" else None
-    )
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list):
+        saved = [saved]
+    if since != "0.10":
+        saved = [name for name in saved if name not in _SAVED_HEADS]
+    if saved:
+        yield f"modules_to_save {', '.join(map(str, saved))}"
+    if config.get("use_dora") or contents.first("dora"):
+        yield "DoRA"
+    if config.get("bias") not in (None, "none"):
+        yield f"bias={config['bias']!r}"
+    if since == "0.32":
+        yield ", ".join(word for key, word in _UNSUPPORTED.items() if config.get(key))
+        start = config.get("init_lora_weights")
+        if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
+            yield f"init_lora_weights={start!r}, which changes the base"
+    odd = contents.first("convolution", "rows", "other")
+    if odd is None and since == "0.10":
+        odd = contents.first("experts")
+    if odd is not None:
+        yield f"{odd.key}: a tensor that it has no place for"
     value = contents.first("value", "norm")
-    plain_value = value is not None and value.module.rpartition(".")[2] in {"classifier", "score"}
-    return join_reasons(
-        f"modules_to_save {', '.join(saved)}" if saved else "",
-        "DoRA" if config.get("use_dora") or contents.first("dora") else "",
-        f"bias={config['bias']!r}" if config.get("bias") not in (None, "none") else "",
-        ", ".join(unsupported) if since == "0.32" else "",
-        f"init_lora_weights={start!r}, which changes the base"
-        if changed and since == "0.32"
-        else "",
-        f"{odd.key}: a tensor that it has no place for" if odd is not None else "",
-        f"{value.key}: a weight in full" if value is not None and not plain_value else "",
-    )
+    if value is not None and value.module.rpartition(".")[2] not in _SAVED_HEADS:
+        yield f"{value.key}: a weight in full"
 
 
 def _apply_vllm(contents: Contents, item: Item) -> Outcome:
     """Return the treatment of an item by vLLM since 0.32."""
     if item.part in {"value", "norm"}:
         return Outcome("full")
-    return Outcome(
-        "applied", item.scale, unjudged=_EXPERTS_UNJUDGED if item.part == "experts" else ""
-    )
+    return Outcome("applied", item.scale, unjudged=_explain_experts(item))
+
+
+def _explain_experts(item: Item) -> str:
+    """Return what is not known of factors of stacked experts; empty for another item."""
+    return _EXPERTS_UNJUDGED if item.part == "experts" else ""
 
 
 def _apply_vllm_old(contents: Contents, item: Item) -> Outcome:
@@ -413,8 +416,8 @@ def _apply_vllm_old(contents: Contents, item: Item) -> Outcome:
     if item.part == "bias":
         return Outcome("dropped", why="lora_B.bias is overwritten by lora_B.weight")
     scale = _divide_by_rank(contents.config["lora_alpha"], contents.config["r"], contents.config)
-    unjudged = _EXPERTS_UNJUDGED if item.part == "experts" else ""
-    return Outcome("applied", scale, "one scale for all modules; patterns are not read", unjudged)
+    why = "one scale for all modules; patterns are not read"
+    return Outcome("applied", scale, why, _explain_experts(item))
 
 
 VLLM = Consumer(
@@ -467,32 +470,30 @@ _JOINED = ("q_proj", "k_proj", "v_proj")
 _TABLES = ("embed_tokens", "lm_head")
 
 
-def _refuse_sglang(contents: Contents) -> str:
-    """Return why SGLang does not load an adapter; empty if it does."""
+def _refuse_sglang(contents: Contents) -> Iterator[str]:
+    """Yield why SGLang does not load an adapter."""
     config = contents.config
     kind = str(config.get("peft_type"))
+    if kind.lower() != "lora":
+        yield f"peft_type {kind}"
+    if config.get("use_dora") or contents.first("dora"):
+        yield "DoRA"
     targets = config.get("target_modules")
+    if isinstance(targets, str) and targets not in {"all", "all-linear"}:
+        yield "target_modules as a regular expression"
+    elif not targets:
+        yield "no target_modules"
     odd = contents.first(
         "other", "convolution", "experts", "residual" if config.get("kasa_config") else "other"
     )
+    if odd is not None:
+        yield f"{odd.key}: no target module of the server has such a name"
     rank = config.get("r")
-    unequal = next(
-        (item for item in contents.pairs if item.rank != rank and item.part != "experts"), None
-    )
-    return join_reasons(
-        f"peft_type {kind}" if kind.lower() != "lora" else "",
-        "DoRA" if config.get("use_dora") or contents.first("dora") else "",
-        "target_modules as a regular expression"
-        if isinstance(targets, str) and targets not in {"all", "all-linear"}
-        else "no target_modules"
-        if not targets
-        else "",
-        f"{odd.key}: no target module of the server has such a name" if odd is not None else "",
-        f"{unequal.module} has rank {unequal.rank}, and r is {rank}: an assertion fails"
-        if unequal is not None
-        else "",
-        next(_list_incomplete(contents), ""),
-    )
+    for item in contents.pairs:
+        if item.rank != rank and item.part != "experts":
+            yield f"{item.module} has rank {item.rank}, and r is {rank}: an assertion fails"
+            break
+    yield next(_list_incomplete(contents), "")
 
 
 def _list_incomplete(contents: Contents) -> Iterator[str]:
@@ -515,23 +516,21 @@ def _list_incomplete(contents: Contents) -> Iterator[str]:
 def _apply_sglang(contents: Contents, item: Item) -> Outcome:
     """Return the treatment of an item by SGLang."""
     if item.part == "bias":
-        return Outcome(
-            "dropped", why="lora_B.bias is overwritten by lora_B.weight, other biases are skipped"
-        )
+        why = "lora_B.bias is overwritten by lora_B.weight, other biases are skipped"
+        return Outcome("dropped", why=why)
     if item.part in {"value", "norm", "rows"}:
         return Outcome("dropped", why="what is no pair of factors is skipped")
     if not _LAYER.search(item.module + "."):
         table = next((name for name in _TABLES if name in item.module), None)
         names = contents.config.get("target_modules") or ()
-        targets = (
-            {"all"} if isinstance(names, str) else {str(name).rpartition(".")[2] for name in names}
-        )
+        if isinstance(names, str):
+            names = ["all"]
+        targets = {str(name).rpartition(".")[2] for name in names}
         if table is None or not targets & {table, "all"}:
             return Outcome("dropped", why="outside the layers, and not named in target_modules")
     scale = float(contents.config["lora_alpha"] / contents.config["r"])
-    return Outcome(
-        "applied", scale, "lora_alpha / r for all modules; rsLoRA and patterns are not read"
-    )
+    why = "lora_alpha / r for all modules; rsLoRA and patterns are not read"
+    return Outcome("applied", scale, why)
 
 
 SGLANG = Consumer(
@@ -565,17 +564,20 @@ SGLANG = Consumer(
 # Date read: 2026-11-27.
 
 
-def _refuse_llamacpp(contents: Contents) -> str:
-    """Return why llama.cpp's converter or runtime does not take an adapter; empty if it does."""
+def _refuse_llamacpp(contents: Contents) -> Iterator[str]:
+    """Yield why llama.cpp's converter or runtime does not take an adapter."""
     odd = contents.first("dora", "bias", "value", "rows", "other")
+    if odd is not None:
+        yield f"the converter stops at {odd.key}"
+    if contents.config.get("use_bdlora"):
+        yield "BD-LoRA"
+    if contents.config.get("kasa_config"):
+        yield "KaSA"
     stack = contents.first("experts", "convolution")
-    return join_reasons(
-        f"the converter stops at {odd.key}" if odd is not None else "",
-        "BD-LoRA" if contents.config.get("use_bdlora") else "",
-        "KaSA" if contents.config.get("kasa_config") else "",
-        f"the converter has no name for {stack.module}" if stack is not None else "",
-        _explain_tie(GGUF, contents) if contents.tied else "",
-    )
+    if stack is not None:
+        yield f"the converter has no name for {stack.module}"
+    if contents.tied:
+        yield _explain_tie(GGUF, contents)
 
 
 def _apply_llamacpp(contents: Contents, item: Item) -> Outcome:
@@ -654,24 +656,20 @@ _WITHOUT_OWN_ALPHA = re.compile(
 )
 
 
-def _refuse_diffusers(contents: Contents) -> str:
-    """Return why diffusers does not load an adapter; empty if it does."""
+def _refuse_diffusers(contents: Contents) -> Iterator[str]:
+    """Yield why diffusers does not load an adapter."""
     odd = contents.first("other")
-    reads_alpha = contents.form == "kohya" or "transformer" in contents.components
-    alpha = next(
-        (item for item in contents.pairs if item.alpha is not None and not reads_alpha), None
-    )
-    encoders = [name for name in contents.components if _TEXT_ENCODER.fullmatch(name)]
-    unknown = [
-        name
-        for name in encoders
-        if not any(_RECOGNIZED.search(item.key) for item in contents.components[name])
-    ]
-    return join_reasons(
-        f"{odd.key}: a part that is no LoRA" if odd is not None else "",
-        f"{alpha.module} has a tensor of its alpha" if alpha is not None else "",
-        f"{unknown[0]}: names of no layout that is recognized" if unknown else "",
-    )
+    if odd is not None:
+        yield f"{odd.key}: a part that is no LoRA"
+    if contents.form != "kohya" and "transformer" not in contents.components:
+        with_alpha = (item for item in contents.pairs if item.alpha is not None)
+        if (item := next(with_alpha, None)) is not None:
+            yield f"{item.module} has a tensor of its alpha"
+    for name, items in contents.components.items():
+        is_recognized = any(_RECOGNIZED.search(item.key) for item in items)
+        if _TEXT_ENCODER.fullmatch(name) and not is_recognized:
+            yield f"{name}: names of no layout that is recognized"
+            break
 
 
 def _is_of_unet(contents: Contents) -> bool:
@@ -687,30 +685,25 @@ def _apply_diffusers(contents: Contents, item: Item, alpha_is_rank: bool) -> Out
     if item.rank is None:
         return Outcome("full")
     component = parse_component(item.module)
+    items = sorted(contents.components[component], key=lambda other: other.key)
     is_old = _TEXT_ENCODER.fullmatch(component) and _OLD_PROJECTION.search(item.key)
-    if is_old and not any(
-        _OLD_OUTPUT.search(other.key) for other in contents.components[component]
-    ):
-        return Outcome(
-            "dropped",
-            why="its name is recognized only with factors of out_proj in the text encoder",
-        )
-    if (item.part == "dora" and contents.form != "kohya") or (
-        contents.has_metadata and item.alpha is None
-    ):
+    if is_old and not any(_OLD_OUTPUT.search(other.key) for other in items):
+        why = "its name is recognized only with factors of out_proj in the text encoder"
+        return Outcome("dropped", why=why)
+    if item.part == "dora" and contents.form != "kohya":
+        return Outcome("intended", item.scale)
+    if contents.has_metadata and item.alpha is None:
         return Outcome("intended", item.scale)
     is_found = not (_WITHOUT_OWN_ALPHA.match(item.module) and _is_of_unet(contents))
     if item.alpha is not None and is_found:
         return Outcome("applied", item.alpha / item.rank)
-    items = sorted(contents.components[component], key=lambda other: other.key)
     alphas = [other.alpha for other in items if other.alpha is not None]
     if not alphas and alpha_is_rank:
         return Outcome("applied", 1.0)
     alpha = Counter(alphas).most_common(1)[0][0] if alphas else float(items[0].rank or 1)
     problem = "gives no alpha" if item.alpha is None else "its alpha is not found by name"
-    return Outcome(
-        "applied", alpha / item.rank, f"{problem}, and it gets {alpha:g}, that of other modules"
-    )
+    why = f"{problem}, and it gets {alpha:g}, that of other modules"
+    return Outcome("applied", alpha / item.rank, why)
 
 
 DIFFUSERS = Consumer(
@@ -775,7 +768,8 @@ def _explain_unplaced(contents: Contents) -> str:
     """Return the problem of the first module with factors for which mlx-lm makes no layer; empty
     without one.
     """
-    keys, count = contents.config["lora_parameters"].get("keys"), contents.config["num_layers"]
+    keys = contents.config["lora_parameters"].get("keys")
+    count = contents.config["num_layers"]
     places = {item.module: _IN_BLOCK.search(item.module) for item in contents.pairs}
     last = max((int(place[1]) for place in places.values() if place), default=0)
     for module, place in places.items():
@@ -788,25 +782,29 @@ def _explain_unplaced(contents: Contents) -> str:
     return ""
 
 
-def _refuse_mlx(contents: Contents) -> str:
-    """Return why mlx-lm does not load an adapter; empty if it does."""
+def _refuse_mlx(contents: Contents) -> Iterator[str]:
+    """Yield why mlx-lm does not load an adapter."""
     config = contents.config
     if config.get("fine_tune_type") == "full":
-        return ""
+        return
     settings = config.get("lora_parameters") or {}
     missing = [key for key in ("rank", "scale", "dropout") if key not in settings]
-    missing += [] if "num_layers" in config else ["num_layers"]
-    unequal = next((item for item in contents.pairs if item.rank != settings.get("rank")), None)
+    if "num_layers" not in config:
+        missing.append("num_layers")
+    if missing:
+        yield f"the config gives no {', '.join(missing)}"
+    for item in contents.pairs:
+        if "rank" in settings and item.rank != settings["rank"]:
+            problem = f"has rank {item.rank}, and lora_parameters.rank is {settings['rank']}"
+            yield f"{item.module} {problem}"
+            break
     odd = next((item for item in contents.items if item.part not in PAIRS), None)
-    return join_reasons(
-        f"the config gives no {', '.join(missing)}" if missing else "",
-        f"{unequal.module} has rank {unequal.rank}, and lora_parameters.rank is {settings['rank']}"
-        if unequal is not None and "rank" in settings
-        else "",
-        f"{odd.key}: no adapter parameter" if odd is not None else "",
-        "" if missing else _explain_unplaced(contents),
-        _explain_tie("mlx", contents) if contents.tied else "",
-    )
+    if odd is not None:
+        yield f"{odd.key}: no adapter parameter"
+    if not missing:
+        yield _explain_unplaced(contents)
+    if contents.tied:
+        yield _explain_tie("mlx", contents)
 
 
 def _apply_mlx(contents: Contents, item: Item) -> Outcome:

@@ -121,35 +121,44 @@ def _judge(
     task: Judged, name: Name, outcome: Outcome, fro: float | None, update: Matrix | None
 ) -> Portability:
     """Return the record of one consumer, given ‖ΔW‖_F and ΔW; None where they are not known."""
-    item, scale, intended, is_zero = task.item, outcome.scale, task.intended, fro == 0.0
+    item = task.item
+    scale = outcome.scale
+    intended = task.intended
+    is_zero = fro == 0.0
     status: Status = "exact"
-    epsilon, why = None if is_zero else 0.0, ""
+    epsilon = None if is_zero else 0.0
+    why = ""
     if outcome.does == "dropped" and intended == 0.0:
-        scale, epsilon = None, None
+        scale = epsilon = None
     elif outcome.does in {"refused", "dropped"}:
-        status, scale, why = outcome.does, None, outcome.why
+        status = outcome.does
+        scale = None
         epsilon = None if is_zero or status == "refused" else 1.0
+        why = outcome.why
     elif outcome.does == "full":
-        status, scale = "full", None
+        status = "full"
+        scale = None
     elif item.part in NONLINEAR_PARTS and outcome.does == "applied":
-        omission = (
-            "the magnitudes of DoRA"
-            if item.part == "dora"
-            else "what the initialisation took from the base"
-        )
+        status = "wrong"
+        epsilon = _measure_distance(task, scale, fro, update)
+        omission = "what the initialisation took from the base"
+        if item.part == "dora":
+            omission = "the magnitudes of DoRA"
         why = join_reasons(f"B·A alone is added, without {omission}", outcome.why)
-        status, epsilon = "wrong", _measure_distance(task, scale, fro, update)
-    elif not (
-        scale is None or intended is None or math.isclose(scale, intended, rel_tol=SAME)
-    ) and not (is_zero and item.scale != 0):
-        status, epsilon = "wrong", abs(scale / intended - 1) if intended else None
-        why = (
-            outcome.why
-            if intended
-            else join_reasons("the intended program drops this weight", outcome.why)
-        )
+    elif scale is None or intended is None or (is_zero and item.scale != 0):
+        pass
+    elif intended == 0.0 != scale:
+        status = "wrong"
+        epsilon = None
+        why = join_reasons("the intended program drops this weight", outcome.why)
+    elif not math.isclose(scale, intended, rel_tol=SAME):
+        status = "wrong"
+        epsilon = abs(scale / intended - 1)
+        why = outcome.why
     if outcome.unjudged and status in AS_INTENDED:
-        status, epsilon, why = "unknown", None, outcome.unjudged
+        status = "unknown"
+        epsilon = None
+        why = outcome.unjudged
     return Portability(
         layer=task.layer,
         consumer=name[0],
@@ -171,15 +180,11 @@ def _measure_distance(
     """Return ‖s'BA − ΔW‖_F / ‖ΔW‖_F for the applied s'; None if ΔW is 0, or ΔW, s' or the adapter's
     s is unknown.
     """
-    item, delta = task.item, task.delta
-    if (
-        delta is None
-        or not fro
-        or update is None
-        or item.load is None
-        or scale is None
-        or not item.scale
-    ):
+    item = task.item
+    delta = task.delta
+    if delta is None or update is None or not fro:
+        return None
+    if item.load is None or scale is None or not item.scale:
         return None
     loaded = item.load(Site(delta.shape))
     assert isinstance(loaded, tuple)
@@ -193,9 +198,8 @@ def estimate_bytes(task: Judged, settings: LayerSettings) -> int:
     """Estimate the memory of judging a weight in bytes: its factors; of a changed base, or without
     factors, ΔW.
     """
-    if isinstance(task.delta, DenseDelta) or (
-        task.item.part in NONLINEAR_PARTS and task.delta is not None
-    ):
+    is_changed = task.item.part in NONLINEAR_PARTS and task.delta is not None
+    if is_changed or isinstance(task.delta, DenseDelta):
         return 8 * 4 * math.prod(task.shape)
     return 8 * 3 * (task.item.rank or 64) * sum(task.shape)
 
@@ -259,9 +263,8 @@ def make_portable(
     """
     stated_alpha = get_stated_alpha({"alpha": alpha, "alpha_is_rank": alpha_is_rank})
     opened, checkpoint = _open_inputs(adapter, base, stated_alpha, " --fix -o OUT")
-    choose_rules(
-        [*consumers, *require], form or opened.form
-    )  # refuses an unknown program before anything is written
+    # Refuses an unknown program before anything is written.
+    choose_rules([*consumers, *require], form or opened.form)
     folder = Path(output)
     written = write_portable(opened, folder, checkpoint, form, dora_to_lora, leave_out)
     worst = max(measure_rounding(opened, folder, checkpoint).values(), default=0.0)
@@ -355,12 +358,13 @@ def measure_rounding(before: Adapter, after: Path, base: Checkpoint | None) -> d
             adapter.
     """
     originals = {item.layer: item for item in read_contents(before, base).items}
-    errors, opened = {}, open_adapter(after)
+    errors = {}
+    opened = open_adapter(after)
     for item in read_contents(opened, base).items:
         counterpart = originals.get(item.layer)
         if counterpart is None:
+            # Two layouts name weights differently, and only BASE relates the names.
             if base is None and opened.form != before.form:
-                # the two layouts name weights differently, and only BASE relates the names
                 continue
             raise InputError(
                 f"{after}: {item.layer} is not a weight of {before.path}; do not use the output, "
@@ -368,7 +372,8 @@ def measure_rounding(before: Adapter, after: Path, base: Checkpoint | None) -> d
             )
         if counterpart.load is None or item.load is None or counterpart.part in NONLINEAR_PARTS:
             continue
-        written, original = item.load(Site(item.shape)), counterpart.load(Site(counterpart.shape))
+        written = item.load(Site(item.shape))
+        original = counterpart.load(Site(counterpart.shape))
         assert isinstance(written, tuple)
         assert isinstance(original, tuple)
         norm = frobenius_distance(original, (original[0] * 0, original[1]))
@@ -444,35 +449,36 @@ def portability(
         )
     verify = run.options["verify"]
     adapter_input = describe_adapter(opened, checkpoint, pairing, notes, verify)
+    inputs = [adapter_input]
+    if checkpoint is not None:
+        inputs.insert(0, describe("base", checkpoint, verify=verify))
     missing = [
         item for item in pairing.unpaired if item.reason == "not_in_base" and selected(item.layer)
     ]
+    required = choose_rules(require, contents.form) if require else {}
+    newer = [name for name, (consumer, _) in chosen.items() if consumer.is_newer(name[1])]
     return run.over(
         tasks,
         judge,
         estimate_bytes,
         LayerSettings(),
         Pairing((), tuple(missing)),
-        (
-            *((describe("base", checkpoint, verify=verify),) if checkpoint is not None else ()),
-            adapter_input,
-        ),
+        tuple(inputs),
         {
-            "consumers": ["==".join(name) for name in chosen],
-            "require": ["==".join(name) for name in choose_rules(require, contents.form)]
-            if require
-            else [],
+            "consumers": _join_names(chosen),
+            "require": _join_names(required),
             "intended": intended,
             "max_lora_rank": max_lora_rank,
             "ranks_to_set": _find_required_options(chosen, contents, max_lora_rank),
-            "newer": [
-                "==".join(name)
-                for name, (consumer, _) in chosen.items()
-                if consumer.is_newer(name[1])
-            ],
+            "newer": _join_names(newer),
         },
         recorded=("layers", "exclude"),
     )
+
+
+def _join_names(names: Iterable[Name]) -> list[str]:
+    """Return names with their versions, such as ``vllm==0.33.0``."""
+    return ["==".join(name) for name in names]
 
 
 def choose_rules(names: Sequence[str], form: str) -> Chosen:
@@ -533,7 +539,9 @@ def make_tasks(
         unjudged[chosen_name] = rule.unjudged(contents)
         if reason := find_refusal(consumer, rule, contents, max_lora_rank):
             refused[chosen_name] = Outcome("refused", why=reason)
-    deltas = {delta.layer: delta for delta in (pairing.deltas if pairing is not None else ())}
+    deltas = {}
+    if pairing is not None:
+        deltas = {delta.layer: delta for delta in pairing.deltas}
     tasks = []
     for item in contents.items:
         outcomes = dict[Name, Outcome]()
@@ -698,19 +706,17 @@ def rules_grids() -> list[Grid]:
     grids = []
     for form in dict.fromkeys(contents.form for contents in FEATURES.values()):
         features = {name: contents for name, contents in FEATURES.items() if contents.form == form}
-        rules = [
-            (consumer, rule)
-            for consumer in CONSUMERS.values()
-            if form in consumer.forms
-            for rule in consumer.rules
-        ]
-        for title, is_newest in (
-            (f"Files of {form}", True),
-            (f"Files of {form}, older versions", False),
-        ):
-            chosen = [pair for pair in rules if (pair[1] is pair[0].rules[0]) == is_newest]
-            columns = tuple(_make_column(*pair, features.values()) for pair in chosen)
-            grids.append(Grid(title, "feature", tuple(features), columns))
+        newest, older = [], []
+        for consumer in CONSUMERS.values():
+            if form in consumer.forms:
+                first, *others = (
+                    _make_column(consumer, rule, features.values()) for rule in consumer.rules
+                )
+                newest.append(first)
+                older += others
+        rows = tuple(features)
+        grids.append(Grid(f"Files of {form}", "feature", rows, tuple(newest)))
+        grids.append(Grid(f"Files of {form}, older versions", "feature", rows, tuple(older)))
     return grids
 
 
@@ -720,8 +726,6 @@ def _make_column(consumer: Consumer, rule: Rule, features: Iterable[Contents]) -
     for contents in features:
         tasks = make_tasks(contents, {(consumer.name, rule.read[-1]): (consumer, rule)})
         judged = (record for task in tasks for record in judge(task, LayerSettings()))
-        cells.append(
-            describe_treatment(record for record in judged if isinstance(record, Portability))
-            or "-"
-        )
+        records = [record for record in judged if isinstance(record, Portability)]
+        cells.append(describe_treatment(records) or "-")
     return Column(f"{consumer.title} {rule.versions}".removesuffix(" all"), tuple(cells), "left")

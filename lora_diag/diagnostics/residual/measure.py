@@ -83,14 +83,13 @@ def estimate_bytes(layer: Layer, settings: LayerSettings) -> int:
     With a memory limit, the limit: it is what the measurement may take.
     """
     if settings.memory is not None:
-        return (
-            settings.memory
-        )  # D alone may need this, and the ranks of the others are unknown before they are read
-    dense = max((footprint(update.delta) for update in layer.updates if update.delta), default=0)
-    cells = (
-        recovery_bytes(layer.shape) if layer.recover and isinstance(layer.delta, StoredDelta) else 0
-    )
-    return footprint(layer.delta) + dense + _estimate_weighting_bytes(layer) + cells
+        # D alone may need this, and the ranks of the others are unknown before they are read.
+        return settings.memory
+    needed = footprint(layer.delta) + _estimate_weighting_bytes(layer)
+    needed += max((footprint(update.delta) for update in layer.updates if update.delta), default=0)
+    if layer.recover and isinstance(layer.delta, StoredDelta):
+        needed += recovery_bytes(layer.shape)
+    return needed
 
 
 def _estimate_weighting_bytes(layer: Layer) -> int:
@@ -107,11 +106,10 @@ def _make_allowance(layer: Layer, top: int, settings: LayerSettings) -> Allowanc
     """
     if settings.memory is None:
         return None
-    two_dense = any(
-        update.delta is not None and not isinstance(update.delta, FactoredDelta)
-        for update in layer.updates
-    )
-    limit = (settings.memory - _estimate_weighting_bytes(layer)) // (2 if two_dense else 1)
+    limit = settings.memory - _estimate_weighting_bytes(layer)
+    deltas = [update.delta for update in layer.updates if update.delta is not None]
+    if not all(isinstance(delta, FactoredDelta) for delta in deltas):
+        limit //= 2
     return Allowance(limit, settings.method, top, vectors=True)
 
 
@@ -168,9 +166,8 @@ def _measure_residual(
         del change  # frees a dense X before the next is read
         if isinstance(record, str):
             left_out = not_finite(layer.delta, record)
-            records.append(
-                left_out.model_copy(update={"detail": f"{update.name}: {left_out.detail}"})
-            )
+            detail = f"{update.name}: {left_out.detail}"
+            records.append(left_out.model_copy(update={"detail": detail}))
         else:
             records.append(record)
     return tuple(records)
@@ -197,17 +194,19 @@ def _make_record(
     distances, norm = weight_metric.distances(change, rank)
     if problem := why_not_comparable(norm):
         return problem
-    column_space, row_space = None, None
+    column_space = row_space = data = hidden = file_resolution = None
     if is_matrix and change is not None and norm > 0 and factors.fro > 0:
         column_space, row_space = _measure_agreements(weight_metric, change, rank, settings)
-    file_resolution = resolution(weight_metric.change.rounding, factors) if is_matrix else None
-    unresolved = file_resolution is not None and file_resolution.verdict == "unresolved"
-    distance_fields = _add_energy_error(distances, factors)
-    data = None
     if data_metric is not None:
-        data = Distance(
-            **_add_energy_error(data_metric.distances(change, rank)[0], data_metric.factors)
-        )
+        weighted, _ = data_metric.distances(change, rank)
+        data = Distance(**_add_energy_error(weighted, data_metric.factors))
+    if before_rounding is not None:
+        hidden = before_rounding.distance(change, layer.shape)
+    is_noise = False
+    if is_matrix:
+        file_resolution = resolution(weight_metric.change.rounding, factors)
+        is_noise = file_resolution.verdict == "unresolved" and distances.epsilon is not None
+    distance_fields = _add_energy_error(distances, factors)
     record = Residual(
         cosine_to_base=weight_metric.change.cosine_to_base,
         layer=layer.layer,
@@ -223,19 +222,15 @@ def _make_record(
         column_space=column_space,
         row_space=row_space,
         data=data,
-        before_rounding=before_rounding.distance(change, layer.shape)
-        if before_rounding is not None
-        else None,
-        limited_by="noise"
-        if unresolved and distances.epsilon is not None
-        else Distance(**distance_fields).limit,
+        before_rounding=hidden,
+        limited_by="noise" if is_noise else Distance(**distance_fields).limit,
         resolution=file_resolution,
         **distance_fields,
     )
     # ε from a difference of unrelated weights has no cause in the adapter.
-    return (
-        record.model_copy(update={"limited_by": None}) if record.lineage == "unrelated" else record
-    )
+    if record.lineage == "unrelated":
+        return record.model_copy(update={"limited_by": None})
+    return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,21 +265,16 @@ def _estimate_before_rounding(
     """Return the update before rounding; None where it was not requested, is not hidden, or cannot
     be estimated.
     """
-    if (
-        not layer.recover
-        or not isinstance(layer.delta, StoredDelta)
-        or not layer.delta.is_matrix
-        or not full.fro
-    ):
+    delta = layer.delta
+    if not layer.recover or not isinstance(delta, StoredDelta):
         return None
-    recovered = recover_layer(
-        layer.delta, full.fro, DEFAULT_RANKS, settings.seed, device, settings.memory
-    )
-    return (
-        None
-        if recovered.cells is None
-        else BeforeRounding(recovered.change(settings.memory), recovered.norm())
-    )
+    if not delta.is_matrix or not full.fro:
+        return None
+    memory = settings.memory
+    recovered = recover_layer(delta, full.fro, DEFAULT_RANKS, settings.seed, device, memory)
+    if recovered.cells is None:
+        return None
+    return BeforeRounding(recovered.change(memory), recovered.norm())
 
 
 def _add_energy_error(distances: Distances, factors: Factors) -> dict[str, float | None]:
@@ -316,9 +306,12 @@ def _measure_agreements(
         settings: Settings of the measurement.
     """
     dimension = min(rank or SUBSPACE, *weight_metric.shape)
-    adapter, full = _decompose(change, dimension, settings), weight_metric.factors
-    k, j = min(dimension, numerical_rank(full)), numerical_rank(adapter)
-    (u, vh), (adapter_u, adapter_vh) = full.vectors, adapter.vectors
+    full = weight_metric.factors
+    adapter = _decompose(change, dimension, settings)
+    k = min(dimension, numerical_rank(full))
+    j = numerical_rank(adapter)
+    u, vh = full.vectors
+    adapter_u, adapter_vh = adapter.vectors
     return agreement(u[:, :k], adapter_u[:, :j]), agreement(vh[:k].T, adapter_vh[:j].T)
 
 

@@ -180,12 +180,12 @@ class MergedLayer:
             for (first, last), block in zip(row_spans(self.shape), self.blocks(), strict=True):
                 inside = chosen[(chosen >= first) & (chosen < last)] - first
                 parts.append([part[inside] if part is not None else None for part in block])
-            w, m, step = zip(*parts, strict=True)
-            whole = torch.cat(w), torch.cat(m), torch.cat(step) if step[0] is not None else None
+            w, m, steps = zip(*parts, strict=True)
+            all_w, all_m = torch.cat(w), torch.cat(m)
+            all_steps = torch.cat(steps) if steps[0] is not None else None
             for span in itertools.starmap(slice, row_spans((len(chosen), columns))):
-                self.sampled.append(
-                    (whole[0][span], whole[1][span], None if whole[2] is None else whole[2][span])
-                )
+                step = all_steps[span] if all_steps is not None else None
+                self.sampled.append((all_w[span], all_m[span], step))
         return chosen, replace(self, shape=(len(chosen), columns), kept=self.sampled)
 
     @property
@@ -238,19 +238,16 @@ class MergedLayer:
         whole_updates = [delta for delta in self.deltas if not isinstance(delta, FactoredDelta)]
         if not whole_updates:
             return 0
-        computed = (
-            COMPUTED_ENTRY_BYTES
-            if any(isinstance(delta, DenseDelta) for delta in whole_updates)
-            else 0
-        )
-        summed = 8 if len(self.deltas) > 1 or whole_updates[0].shape != self.shape else 0
-        copies = (
-            16 if computed else 28
-        )  # a weight that the adapter stores in full is read from two files
-        reordered = (
-            copies if self.shape[0] == self.shape[1] or has_halves(self.layer, self.shape) else 0
-        )
-        return (computed + summed + reordered) * math.prod(self.shape)
+        entry = 0
+        copies = 28  # a weight that the adapter stores in full is read from two files
+        if any(isinstance(delta, DenseDelta) for delta in whole_updates):
+            entry = COMPUTED_ENTRY_BYTES
+            copies = 16
+        if len(self.deltas) > 1 or whole_updates[0].shape != self.shape:
+            entry += 8  # the sum
+        if self.shape[0] == self.shape[1] or has_halves(self.layer, self.shape):
+            entry += copies  # transposed, or with its halves swapped
+        return entry * math.prod(self.shape)
 
 
 def sum_addends(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Addend, str | None]:
@@ -287,9 +284,8 @@ def sum_addends(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Adde
 def _find_non_finite(addend: Addend) -> str | None:
     """Return a description of the first entry that is not finite; None without one."""
     if isinstance(addend, Product):
-        return first_non_finite("lora_B holds", addend.b) or first_non_finite(
-            "lora_A holds", addend.a
-        )
+        problem = first_non_finite("lora_B holds", addend.b)
+        return problem or first_non_finite("lora_A holds", addend.a)
     for span in row_spans(addend.shape):
         if problem := first_non_finite("the adapter's update holds", addend.rows(*span), span[0]):
             return problem
@@ -359,19 +355,16 @@ class Trial:
 
     def list_wrong_scales(self) -> dict[float, str]:
         """Return the factors of common mistakes, with their descriptions."""
-        rank = (
-            self.addend.b.shape[1]
-            if isinstance(self.addend, Product) and len(self.task.deltas) == 1
-            else None
-        )
+        rank = None
+        if isinstance(self.addend, Product) and len(self.task.deltas) == 1:
+            rank = self.addend.b.shape[1]
         return list_wrong_scales(self.task.scale, rank)
 
 
 def try_merge(task: MergedLayer, addend: Addend, rounding: Rounding, whole: bool = True) -> Trial:
     """Return the trial of a D' with a rounding; see ``check_merge``."""
-    return Trial(
-        task, addend, rounding, check_merge(task.blocks(), task.shape, addend, rounding, whole)
-    )
+    check = check_merge(task.blocks(), task.shape, addend, rounding, whole)
+    return Trial(task, addend, rounding, check)
 
 
 def cosine_to_base(task: MergedLayer, check: Check) -> float | None:
@@ -380,9 +373,7 @@ def cosine_to_base(task: MergedLayer, check: Check) -> float | None:
     """
     if not task.is_matrix or (task.adapted and not task.deltas):
         return None
-    return cosine_of_norms(
-        *(math.sqrt(squares) for squares in (check.base, check.merged, check.observed))
-    )
+    return cosine_of_norms(*map(math.sqrt, (check.base, check.merged, check.observed)))
 
 
 def find_fault(trial: Trial) -> Fault:
@@ -420,21 +411,18 @@ def _find_scale(trial: Trial) -> Fault | None:
     fit = fit_scale(trial)
     if fit is None or abs(fit.factor - 1) <= fit.limit or fit.check.drifted:
         return None
-    if (
-        fit.check.count > MAX_UNEXPLAINED * trial.check.entries
-        or fit.check.residual > fit.check.allowed
-    ):
+    check = fit.check
+    if check.count > MAX_UNEXPLAINED * trial.check.entries or check.residual > check.allowed:
         return None
+    roundoff = trial.rounding.roundoff
     for factor, why in trial.list_wrong_scales().items():
-        if abs(fit.factor - factor) <= fit.limit + trial.rounding.roundoff * abs(factor):
+        if abs(fit.factor - factor) <= fit.limit + roundoff * abs(factor):
             return Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}")
-    s, rounded = trial.task.scale, trial.task.list_rounded_scales(torch.bfloat16, torch.float16)
-    if trial.rounding.roundoff < BFLOAT16_ROUNDOFF and any(
-        abs(fit.factor - c) <= fit.limit for c in rounded
-    ):
-        return Fault(
-            "coarse", f"ΔW was added times {fit}: the scaling s = {s:.4g} was rounded to 16 bits"
-        )
+    if roundoff < BFLOAT16_ROUNDOFF:
+        for factor in trial.task.list_rounded_scales(torch.bfloat16, torch.float16):
+            if abs(fit.factor - factor) <= fit.limit:
+                cause = f"the scaling s = {trial.task.scale:.4g} was rounded to 16 bits"
+                return Fault("coarse", f"ΔW was added times {fit}: {cause}")
     return Fault("wrong scale", f"ΔW was added times {fit}, which is not a known fault")
 
 
@@ -457,9 +445,8 @@ def find_precise_scale(trial: Trial) -> Fault | None:
     fit = fit_scale(precise)
     if fit is None or fit.check.count > (1 - MIN_COHERENCE) * check.count or fit.check.drifted:
         return None
-    spacing = (
-        abs(fit.factor - 1) / check.count
-    )  # mean distance between entries that a scale changes
+    # The mean distance between entries that a scale changes.
+    spacing = abs(fit.factor - 1) / check.count
     fit = replace(fit, error=max(fit.error, (1 + fit.check.count) * spacing))
     if abs(fit.factor - 1) <= fit.limit + trial.check.common_error:
         return None
@@ -500,10 +487,9 @@ class Fit:
     def __str__(self) -> str:
         """Return the factor with the fewest digits within two errors, and the error."""
         most = min(12, max(2, 1 - math.floor(math.log10(max(self.error, 1e-12)))))
-        near = (
-            n for n in range(2, most) if abs(round(self.factor, n) - self.factor) <= 2 * self.error
-        )
-        digits = next(near, most)
+        digits = 2
+        while digits < most and abs(round(self.factor, digits) - self.factor) > 2 * self.error:
+            digits += 1
         return f"{self.factor:.{digits}f} ± {self.error:.1g}"
 
 
@@ -527,8 +513,8 @@ def fit_scale(trial: Trial) -> Fit | None:
     for _ in range(MAX_SECANT_STEPS):
         if factor in {0.0, 1.0} or not math.isfinite(factor):
             break
-        # a wrong scale is rarely a power of two, so a factor may be rounded once more than in a
-        # correct merge
+        # A wrong scale is rarely a power of two, so a factor may be rounded once more than in a
+        # correct merge.
         check = trial.retry(trial.addend.times(factor), cast=True).check
         new_error = (check.inner - check.ideal) / (factor * expected)
         slope = (error - new_error) / (factor - 1.0)
@@ -537,10 +523,9 @@ def fit_scale(trial: Trial) -> Fit | None:
         unit = abs(factor) / slope
         factor += new_error / slope
         fit = Fit(factor, check.scale_error * unit, check.scale_limit * unit, check)
-        # below what roundings common to all entries may be, the last correction needs no check
-        if abs(new_error) <= max(
-            SCALE_TOLERANCE * check.scale_error * abs(factor) + 1e-15, check.common_error / 2
-        ):
+        # Below what roundings common to all entries may be, the last correction needs no check.
+        tolerance = SCALE_TOLERANCE * check.scale_error * abs(factor) + 1e-15
+        if abs(new_error) <= max(tolerance, check.common_error / 2):
             break
     return fit
 
@@ -555,28 +540,23 @@ def _find_coarse_arithmetic(trial: Trial) -> Fault | None:
     addends: list[Addend] = [trial.addend, *(trial.addend.times(factor) for factor in rounded)]
     if isinstance(trial.addend, Product):
         addends.append(trial.addend.truncate_factors(trial.task.scale or 1.0))
-    trials = (
-        trial.retry(addend, False, roundoff=BFLOAT16_ROUNDOFF, cast=True) for addend in addends
-    )
-    coarse = next((other for other in trials if other.explains), None)
-    if coarse is None:
+    for addend in addends:
+        coarse = trial.retry(addend, False, roundoff=BFLOAT16_ROUNDOFF, cast=True)
+        if coarse.explains:
+            break
+    else:
         return None
-    if trial.check.entries >= MIN_ENTRIES and trial.check.worst > MIN_ULP:
+    check = trial.check
+    if check.entries >= MIN_ENTRIES and check.worst > MIN_ULP:
         large = coarse.retry(roundoff=BFLOAT16_ROUNDOFF * LARGE_ERROR).check.count
-        if (
-            large
-            and coarse.retry(roundoff=BFLOAT16_ROUNDOFF * SMALL_ERROR).check.count
-            < MIN_SPREAD * large
-        ):
-            return None  # a few entries are far off while others are correct to the last bit
-    distance = (
-        math.sqrt(trial.check.residual / trial.check.expected) if trial.check.expected else 0.0
-    )
+        if large:
+            small = coarse.retry(roundoff=BFLOAT16_ROUNDOFF * SMALL_ERROR).check.count
+            if small < MIN_SPREAD * large:
+                return None  # a few entries are far off while others are correct to the last bit
+    distance = math.sqrt(check.residual / check.expected) if check.expected else 0.0
     dtype = str(trial.rounding.dtype).removeprefix("torch.")
-    return Fault(
-        "coarse",
-        f"right to {distance:.1g} of ‖ΔW‖: ΔW was computed less precisely than {dtype} allows",
-    )
+    cause = f"ΔW was computed less precisely than {dtype} allows"
+    return Fault("coarse", f"right to {distance:.1g} of ‖ΔW‖: {cause}")
 
 
 def _find_partial(trial: Trial) -> Fault | None:
@@ -584,13 +564,11 @@ def _find_partial(trial: Trial) -> Fault | None:
     else None.
     """
     for axis, word in enumerate(("rows", "columns")):
-        differs, changed = trial.check.beyond[axis] > 0, trial.check.beyond_base[axis] > 0
+        differs = trial.check.beyond[axis] > 0
+        changed = trial.check.beyond_base[axis] > 0
         if differs.any() and changed.any() and not (differs & changed).any():
-            text = (
-                f"{word} {format_ranges(differs)} of {len(differs)} have no update, the others "
-                "have it"
-            )
-            return Fault("partial", text)
+            without = f"{word} {format_ranges(differs)} of {len(differs)}"
+            return Fault("partial", f"{without} have no update, the others have it")
     return None
 
 
@@ -603,9 +581,8 @@ def _choose_hypothesis(trial: Trial) -> Fault | None:
         if other is None:
             continue
         check = other.check
-        near = check.residual <= min(
-            _limit_residual(check.expected, check.allowed), trial.check.residual / 2
-        )
+        limit = _limit_residual(check.expected, check.allowed)
+        near = check.residual <= min(limit, trial.check.residual / 2)
         if near or check.count <= min(MAX_UNEXPLAINED * check.entries, trial.check.count / 2):
             fitting.append((check.count, check.residual, fault))
     return min(fitting, key=lambda item: item[:2])[2] if fitting else None
@@ -624,24 +601,19 @@ def _list_hypotheses(trial: Trial) -> Iterator[tuple[Fault, Trial | None]]:
     """Yield every common fault that a layer may have, with its trial; None where sampled rows rule
     it out.
     """
-    task, addend = trial.task, trial.addend
-    yield (
-        Fault("wrong scale", f"ΔW was added times 2: {ADDED_TWICE}, one after the other"),
-        _merge_twice(trial),
-    )
+    task = trial.task
+    addend = trial.addend
+    fault = Fault("wrong scale", f"ΔW was added times 2: {ADDED_TWICE}, one after the other")
+    yield fault, _merge_twice(trial)
     for factor, why in trial.list_wrong_scales().items():
         fault = Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}")
         yield fault, trial.retry_if_plausible(addend.times(factor))
     if task.is_matrix and task.shape[0] == task.shape[1]:
-        yield (
-            Fault("transposed", "ΔWᵀ was added in the place of ΔW"),
-            trial.retry_if_plausible(addend.transpose()),
-        )
+        fault = Fault("transposed", "ΔWᵀ was added in the place of ΔW")
+        yield fault, trial.retry_if_plausible(addend.transpose())
     if has_halves(task.layer, task.shape):
-        fault = Fault(
-            "wrong order", "ΔW was added with its upper and lower half in each other's place"
-        )
-        yield fault, trial.retry_if_plausible(addend.swap_halves())
+        cause = "ΔW was added with its upper and lower half in each other's place"
+        yield Fault("wrong order", cause), trial.retry_if_plausible(addend.swap_halves())
     if nearest := _find_nearest_layer(task):
         fault = Fault("wrong order", f"the ΔW of {nearest[0]} was added here")
         yield fault, trial.retry_if_plausible(nearest[1])
@@ -653,9 +625,8 @@ def _merge_twice(trial: Trial) -> Trial | None:
     """
     rows, task = trial.task.sample()
     for layer, addend in ((task, trial.addend.take(rows)), (trial.task, trial.addend)):
-        check = check_merge(
-            _add_update(layer, addend, trial.rounding.dtype), layer.shape, addend, trial.rounding
-        )
+        blocks = _add_update(layer, addend, trial.rounding.dtype)
+        check = check_merge(blocks, layer.shape, addend, trial.rounding)
         other = Trial(layer, addend, trial.rounding, check)
         if trial.is_refuted_by(other):
             return None
@@ -694,22 +665,20 @@ def list_wrong_scales(s: float | None, rank: int | None) -> dict[float, str]:
             (s, f"s = {s:.4g} was applied twice"),
         ]
     if s is not None and rank is not None and rank > 1:
+        root = math.sqrt(rank)
         causes += [
-            (math.sqrt(rank), f"scaled by α/√r where the adapter says α/r (r = {rank})"),
-            (
-                1 / math.sqrt(rank),
-                f"scaled by α/r where the adapter says α/√r, rsLoRA (r = {rank})",
-            ),
+            (root, f"scaled by α/√r where the adapter says α/r (r = {rank})"),
+            (1 / root, f"scaled by α/r where the adapter says α/√r, rsLoRA (r = {rank})"),
         ]
     cause_of: dict[float, str] = {}
     for factor, why in causes:
-        same_factor = next(
-            (other for other in cause_of if math.isclose(other, factor, rel_tol=1e-6)), None
-        )
-        if same_factor is not None:
-            cause_of[same_factor] += f", or {why}"
-        elif not math.isclose(factor, 1.0, rel_tol=1e-6):
-            cause_of[factor] = why
+        for other in cause_of:
+            if math.isclose(other, factor, rel_tol=1e-6):
+                cause_of[other] += f", or {why}"
+                break
+        else:
+            if not math.isclose(factor, 1.0, rel_tol=1e-6):
+                cause_of[factor] = why
     return cause_of
 
 
@@ -736,9 +705,8 @@ def _find_few_entries(trial: Trial) -> Fault | None:
     check = trial.check
     if check.count >= FEW_ENTRIES * check.entries:
         return None
-    return Fault(
-        "other", f"wrong entries: {check.count}, {_describe_place(trial)}; the others are right"
-    )
+    wrong = f"wrong entries: {check.count}, {_describe_place(trial)}"
+    return Fault("other", f"{wrong}; the others are right")
 
 
 def _find_unrelated_base(trial: Trial) -> Fault | None:
@@ -759,14 +727,11 @@ def _find_rounded_base(trial: Trial) -> Fault | None:
         if LAYOUT[dtype][2] >= LAYOUT[trial.rounding.dtype][2]:
             continue
         other = trial.retry_if_plausible(bases=(dtype,), roundoff=unit_roundoff(dtype), cast=True)
-        if (
-            other
-            and other.check.count <= MAX_UNEXPLAINED * trial.check.entries
-            and not other.check.drifted
-        ):
-            return Fault(
-                "other base", f"ΔW was added to BASE rounded to {str(dtype).removeprefix('torch.')}"
-            )
+        if other is None or other.check.drifted:
+            continue
+        if other.check.count <= MAX_UNEXPLAINED * trial.check.entries:
+            name = str(dtype).removeprefix("torch.")
+            return Fault("other base", f"ΔW was added to BASE rounded to {name}")
     return None
 
 
@@ -786,34 +751,28 @@ def _find_uneven_scale(trial: Trial) -> Fault | None:
         and other.check.residual > other.check.allowed
     ):
         return None
-    masks = torch.zeros(len(stretches), len(factors), dtype=torch.bool)
-    for mask, stretch in zip(masks, stretches, strict=True):
+    parts = []
+    for stretch in stretches:
+        mask = torch.zeros(len(factors), dtype=torch.bool)
         mask[stretch.first : stretch.last] = True
-    parts = " and ".join(
-        f"{100 * abs(stretch.off):.2g}% ± {100 * stretch.error:.1g}% "
-        f"{'more' if stretch.off > 0 else 'less'} in "
-        f"{('rows', 'columns')[axis]} {format_ranges(mask)}"
-        for mask, stretch in zip(masks, stretches, strict=True)
-    )
-    return Fault(
-        "wrong scale", f"the scale of ΔW is not the same everywhere: {parts} of {len(factors)}"
-    )
+        off = f"{100 * abs(stretch.off):.2g}% ± {100 * stretch.error:.1g}%"
+        word = "more" if stretch.off > 0 else "less"
+        parts.append(f"{off} {word} in {('rows', 'columns')[axis]} {format_ranges(mask)}")
+    text = f"the scale of ΔW is not the same everywhere: {' and '.join(parts)} of {len(factors)}"
+    return Fault("wrong scale", text)
 
 
 def _describe_norms(trial: Trial) -> Fault:
     """Return the fault that the norms indicate if no common fault explains every entry."""
     check = trial.check
+    place = _describe_place(trial)
     if not check.expected:
-        return Fault(
-            "other",
-            "the adapter's update is zero here, but MERGED differs from BASE "
-            f"{_describe_place(trial)}",
-        )
+        cause = "the adapter's update is zero here, but MERGED differs from BASE"
+        return Fault("other", f"{cause} {place}")
     c = check.inner / check.expected
     distance = check.observed - c * c * check.expected
-    wrong_scale = abs(c - 1) > MAX_DISTANCE and distance <= min(
-        _limit_residual(c * c * check.expected, check.allowed), check.observed / 2
-    )
+    limit = min(_limit_residual(c * c * check.expected, check.allowed), check.observed / 2)
+    wrong_scale = abs(c - 1) > MAX_DISTANCE and distance <= limit
     if wrong_scale or (distance <= check.allowed and check.drifted):
         return Fault("wrong scale", f"ΔW was added times {c:.4g}, which is not a known fault")
     residual = math.sqrt(check.residual)
@@ -821,38 +780,29 @@ def _describe_norms(trial: Trial) -> Fault:
     ambiguity = 4 * residual / math.sqrt(check.expected * check.entries)
     if abs(c - 1) <= 0.05 + ambiguity < 0.5:
         share = residual / math.sqrt(check.base) if check.base else math.inf
-        return Fault(
-            "other base",
-            f"MERGED holds ΔW (c = {c:.2f}) and another change of {share:.2g} ‖W‖: perhaps a "
-            "different base, such as a quantized one, or further training",
-        )
+        change = f"MERGED holds ΔW (c = {c:.2f}) and another change of {share:.2g} ‖W‖"
+        guess = "perhaps a different base, such as a quantized one, or further training"
+        return Fault("other base", f"{change}: {guess}")
     cosine = check.inner / math.sqrt(check.expected * check.observed)
-    return Fault(
-        "other",
-        f"MERGED − BASE is a different update {_describe_place(trial)}: cosine {cosine:.2f} with "
-        f"ΔW, c = {c:.2f}",
-    )
+    likeness = f"cosine {cosine:.2f} with ΔW, c = {c:.2f}"
+    return Fault("other", f"MERGED − BASE is a different update {place}: {likeness}")
 
 
 def _describe_drift(trial: Trial) -> Fault:
     """Return the fault of a scale where rounding explains every single entry but not all of them
     together.
     """
-    c, error = trial.check.inner / trial.check.expected, trial.check.scale_error
-    return Fault(
-        "wrong scale",
-        f"c = {c:.6g} ± {error:.1g}: rounding explains each entry, but not all of them together",
-    )
+    c = trial.check.inner / trial.check.expected
+    cause = "rounding explains each entry, but not all of them together"
+    return Fault("wrong scale", f"c = {c:.6g} ± {trial.check.scale_error:.1g}: {cause}")
 
 
 def _describe_place(trial: Trial) -> str:
     """Return the rows with unexplained entries as text."""
     rows = trial.check.beyond[0] > 0
-    return (
-        f"in rows {format_ranges(rows)} of {len(rows)}"
-        if trial.task.is_matrix and not rows.all()
-        else "in all rows"
-    )
+    if not trial.task.is_matrix or rows.all():
+        return "in all rows"
+    return f"in rows {format_ranges(rows)} of {len(rows)}"
 
 
 def format_ranges(marked: Tensor) -> str:
@@ -862,10 +812,8 @@ def format_ranges(marked: Tensor) -> str:
     '0-1, 3'
     """
     edges = torch.nn.functional.pad(marked.to(torch.int8), (1, 1)).diff()
-    starts, ends = (
-        (edges == 1).nonzero().flatten().tolist(),
-        (edges == -1).nonzero().flatten().tolist(),
-    )
+    starts = (edges == 1).nonzero().flatten().tolist()
+    ends = (edges == -1).nonzero().flatten().tolist()
     texts = [str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in zip(starts, ends, strict=True)]
     suffix = f" and {len(texts) - MAX_RANGES} more ranges" if len(texts) > MAX_RANGES else ""
     return ", ".join(texts[:MAX_RANGES]) + suffix

@@ -78,13 +78,8 @@ def verify(task: faults.MergedLayer, memory: int | None = None) -> Merge | LeftO
     if task.missing:
         return _make_record(task, faults.Fault("missing", task.missing))
     if memory is not None and task.held:
-        require_memory(
-            task.needed,
-            memory,
-            task.shape,
-            "its update, which is held whole, takes",
-            "$exclude it",
-        )
+        use = "its update, which is held whole, takes"
+        require_memory(task.needed, memory, task.shape, use, "$exclude it")
     keeps = task.adapted and (memory is None or task.footprint <= memory)
     task = replace(task, kept=[], max_kept=task.shape[0] if keeps else 1)
     addend, problem = faults.sum_addends(task.deltas, task.shape)
@@ -96,9 +91,8 @@ def verify(task: faults.MergedLayer, memory: int | None = None) -> Merge | LeftO
     if check.base_non_finite is not None:
         return _make_left_out(task, check.base_non_finite)
     if check.non_finite is not None:
-        return _make_record(
-            task, faults.Fault("other", _describe_problem(task, check.non_finite)), rounding
-        )
+        fault = faults.Fault("other", _describe_problem(task, check.non_finite))
+        return _make_record(task, fault, rounding)
     if not math.isfinite(check.expected + abs(check.inner)):
         return _make_left_out(task, "the squares of its entries overflow float64")
     return _make_record(task, _judge(trial, is_guess), rounding, check)
@@ -106,11 +100,12 @@ def verify(task: faults.MergedLayer, memory: int | None = None) -> Merge | LeftO
 
 def _judge(trial: faults.Trial, is_guess: bool) -> faults.Fault:
     """Return status and cause of a layer; ``is_guess`` as of ``_infer_rounding``."""
-    correct, check = _find_correct_merge(trial), trial.check
+    correct = _find_correct_merge(trial)
     if correct is None:
         return faults.find_fault(trial)
     if verdict := _decide_by_entries(trial, correct):
         return verdict
+    check = trial.check
     ambiguous = is_guess or trial.task.merged.is_quantized or isinstance(trial.addend, Whole)
     if ambiguous and check.moved <= faults.MAX_UNEXPLAINED * check.entries and check.expected > 0:
         return _distinguish_from_zero(trial)
@@ -134,14 +129,11 @@ def _decide_by_entries(trial: faults.Trial, correct: faults.Trial) -> faults.Fau
         return faults.find_precise_scale(trial)
     if not (unresolved and exact.check.moved):
         return None
-    scaled = (
-        exact.retry(exact.addend.times(factor)).check for factor in (1 - RESOLVED, 1 + RESOLVED)
-    )
-    return (
-        OK
-        if all(faults.count_distinct_lines(check) >= faults.MIN_LINES for check in scaled)
-        else None
-    )
+    for factor in (1 - RESOLVED, 1 + RESOLVED):
+        scaled = exact.retry(exact.addend.times(factor))
+        if faults.count_distinct_lines(scaled.check) < faults.MIN_LINES:
+            return None
+    return OK
 
 
 def _find_correct_merge(trial: faults.Trial) -> faults.Trial | None:
@@ -155,18 +147,19 @@ def _find_correct_merge(trial: faults.Trial) -> faults.Trial | None:
         return trial
     if not trial.task.deltas or trial.check.moved == 0:
         return None
-    dtype, bases = trial.rounding.dtype, trial.rounding.bases
+    dtype = trial.rounding.dtype
     finer = [
         other for other in LAYOUT if LAYOUT[dtype][2] < LAYOUT[other][2] < LAYOUT[torch.float32][2]
     ]
     addends: list[Addend] = [trial.addend]
     addends += [trial.addend.times(factor) for factor in trial.task.list_rounded_scales(dtype)]
-    _, *orders = product(addends, (None, *bases), (None, *finer))  # the first is the trial itself
-    others = (
-        trial.retry(addend, False, first=first, between=between)
-        for addend, first, between in orders
-    )
-    return next((other for other in others if other.explains), None)
+    # The first order is the trial itself.
+    _, *orders = product(addends, (None, *trial.rounding.bases), (None, *finer))
+    for addend, first, between in orders:
+        other = trial.retry(addend, False, first=first, between=between)
+        if other.explains:
+            return other
+    return None
 
 
 def _explain_ambiguity(correct: faults.Trial) -> str:
@@ -209,22 +202,22 @@ def _infer_rounding(task: faults.MergedLayer) -> tuple[Rounding, bool]:
     update_dtypes = [getattr(torch, delta.dtypes[1], dtype) for delta in task.deltas]
     update_dtypes = [other for other in update_dtypes if other in LAYOUT]
     factored = [delta for delta in task.deltas if isinstance(delta, FactoredDelta)]
-    base = getattr(torch, task.base.dtype)
-    return Rounding(
+    scales = [delta.scale for delta in factored]
+    is_longer = any(LAYOUT[other][2] > mantissa for other in update_dtypes)
+    bases = SHORTER[getattr(torch, task.base.dtype)]
+    # A quantized base is dequantized in a dtype of the merger's choice.
+    if not task.base.is_quantized:
+        bases = tuple(other for other in bases if mantissa <= LAYOUT[other][2])
+    rounding = Rounding(
         dtype=dtype,
         roundoff=max(map(unit_roundoff, [dtype, *update_dtypes])),
-        cast=any(LAYOUT[other][2] > mantissa for other in update_dtypes)
-        or not all(_is_power_of_two(delta.scale) for delta in factored),
-        scale=max((abs(delta.scale) for delta in factored if delta.scale), default=1.0),
+        cast=is_longer or not all(map(_is_power_of_two, scales)),
+        scale=max((abs(scale) for scale in scales if scale), default=1.0),
         diagonal=any(delta.diagonal for delta in factored),
-        # a quantized base is dequantized in a dtype of the merger's choice
-        bases=tuple(
-            other
-            for other in SHORTER[base]
-            if mantissa <= LAYOUT[other][2] or task.base.is_quantized
-        ),
+        bases=bases,
         dequantized=task.base.is_quantized,
-    ), is_guess
+    )
+    return rounding, is_guess
 
 
 def _is_power_of_two(scale: float | None) -> bool:
@@ -248,14 +241,11 @@ def _find_dtype(task: faults.MergedLayer) -> tuple[torch.dtype, bool]:
         changed = m[m.double() != w.double()]
         if len(changed):
             return shortest_dtype(changed[:: max(1, len(changed) // SAMPLE)]), False
-        unchanged = m.reshape(-1)[:SAMPLE] if unchanged is None else unchanged
         if not task.adapted:
-            return (
-                stored,
-                False,
-                # M = W so far, independent of the dtype; a block that differs is inspected
-                # separately
-            )
+            # M = W so far, independent of the dtype; a block that differs is inspected separately.
+            return stored, False
+        if unchanged is None:
+            unchanged = m.reshape(-1)[:SAMPLE]
     shortest = shortest_dtype(unchanged) if unchanged is not None else stored
     return shortest, shortest != stored
 
@@ -282,7 +272,13 @@ def _make_record(
     check: Check | None = None,
 ) -> Merge:
     """Return the record of a layer; its numbers are null without a check."""
-    scale = check.inner / check.expected if check is not None and check.expected > 0 else None
+    scale = scale_expected = scale_error = residual = None
+    if check is not None and math.isfinite(check.scale_error):
+        scale_error = check.scale_error
+    if check is not None and check.expected > 0:
+        scale = check.inner / check.expected
+        scale_expected = check.ideal / check.expected
+        residual = math.sqrt(check.residual / check.expected)
     return Merge(
         layer=task.layer,
         shape=task.stored_shape,
@@ -293,16 +289,10 @@ def _make_record(
         differing_share=check.count / max(1, check.entries) if check else None,
         max_ulp=check.worst if check else None,
         scale=scale,
-        scale_expected=check.ideal / check.expected
-        if check is not None and scale is not None
-        else None,
-        scale_error=check.scale_error
-        if check is not None and math.isfinite(check.scale_error)
-        else None,
+        scale_expected=scale_expected,
+        scale_error=scale_error,
         retained=scale if verdict.status in CORRECT else None,
-        residual=math.sqrt(check.residual / check.expected)
-        if check is not None and scale is not None
-        else None,
+        residual=residual,
         unchanged=check.unchanged / max(1, check.entries) if check else None,
         expected_fro=math.sqrt(check.expected) if check else None,
         observed_fro=math.sqrt(check.observed) if check else None,
@@ -381,16 +371,14 @@ def verify_merge(
     notes = _compare_recipes(updates, written)
     selected = selector(run.options["layers"], run.options["exclude"])
     tasks, unpaired = _align_layers(updates.pairing, written.pairing, merged, selected)
+    last = written.inputs[-1]
     return run.over(
         tasks,
         _measure_layer,
         lambda task, settings: task.footprint,
         LayerSettings(),
         Pairing((), unpaired),
-        (
-            *updates.inputs,
-            written.inputs[-1].model_copy(update={"notes": (*written.inputs[-1].notes, *notes)}),
-        ),
+        (*updates.inputs, last.model_copy(update={"notes": (*last.notes, *notes)})),
         {},
         recorded=("layers", "exclude", "allow_unmatched"),
     )
@@ -406,15 +394,18 @@ def _compare_recipes(updates: Comparison, written: Comparison) -> tuple[str, ...
     """
     assert isinstance(updates.update, Adapter)
     assert isinstance(written.update, Checkpoint)
-    recipe, other = read_recipe(written.update), read_recipe(updates.update.checkpoint)
+    recipe = read_recipe(written.update)
+    other = read_recipe(updates.update.checkpoint)
     if not recipe:
         return ()
-    digests = [
-        update.get("fingerprint") for update in recipe["updates"] if isinstance(update, dict)
-    ]
-    is_single, scale = len(recipe["updates"]) == 1, recipe.get("scale")
-    made = f"the merge of {len(recipe['updates'])} updates with --method {recipe.get('method')}"
-    made = legible(f"BASE plus {scale} times one update" if is_single else made)
+    merged = recipe["updates"]
+    digests = [update.get("fingerprint") for update in merged if isinstance(update, dict)]
+    is_single = len(merged) == 1
+    scale = recipe.get("scale")
+    made = f"the merge of {len(merged)} updates with --method {recipe.get('method')}"
+    if is_single:
+        made = f"BASE plus {scale} times one update"
+    made = legible(made)
     if not other and updates.inputs[-1].fingerprint in digests:
         if is_single and scale == 1:
             return ()
@@ -475,7 +466,6 @@ def _align_layers(
     others = {kind: tuple(group) for kind, group in siblings.items()}
     for layer, pair in stored.items():
         deltas = updates.get(layer, ())
-        kind = others.get(_drop_number(layer), ()) if deltas else ()
         tasks.append(
             faults.MergedLayer(
                 layer,
@@ -485,14 +475,13 @@ def _align_layers(
                 deltas,
                 pair.is_matrix,
                 bool(deltas),
-                others=kind,
+                others=others.get(_drop_number(layer), ()) if deltas else (),
             )
         )
     added, unpaired = _make_added_tasks(adapter_pairing, merged_pairing)
     tasks += added
-    chosen = sorted(
-        (task for task in tasks if selected(task.layer)), key=lambda task: natural_order(task.layer)
-    )
+    chosen = [task for task in tasks if selected(task.layer)]
+    chosen.sort(key=lambda task: natural_order(task.layer))
     if not any(task.adapted for task in chosen):
         raise NothingComparedError(
             "nothing was compared", "$layers and $exclude select no adapted weight", "change them"
@@ -514,9 +503,9 @@ def _make_missing_task(
     Raises:
         InputError: BASE or MERGED stores it as other than plain numbers.
     """
-    item = missing.get(delta.layer) or (
-        missing.get(delta.base.name) if delta.base is not None else None
-    )
+    item = missing.get(delta.layer)
+    if item is None and delta.base is not None:
+        item = missing.get(delta.base.name)
     if delta.base is None or (item is not None and item.reason == "not_float"):
         detail = item.detail if item is not None else "BASE stores it as other than plain numbers"
         raise InputError(
@@ -526,10 +515,8 @@ def _make_missing_task(
         )
     detail = "the adapter changes it, but MERGED has no such weight"
     if item is not None and item.reason == "shape_differs":
-        detail = (
-            "the adapter changes it, but MERGED has it in another shape: "
-            f"{item.detail.replace('TUNED', 'MERGED')}"
-        )
+        shapes = item.detail.replace("TUNED", "MERGED")
+        detail = f"the adapter changes it, but MERGED has it in another shape: {shapes}"
     return faults.MergedLayer(
         delta.layer, delta.shape, delta.base, delta.base, (delta,), delta.is_matrix, missing=detail
     )
@@ -560,17 +547,11 @@ def _make_added_tasks(
     }
     tasks, unpaired = [], []
     for item in merged_pairing.unpaired:
-        adapter_rows = (
-            rows_of.get((item.layer, item.shape)) if item.reason == "added_rows" else None
-        )
-        if item.rows is not None and adapter_rows is not None:
+        key = item.layer, item.shape
+        if item.reason == "added_rows" and item.rows is not None and key in rows_of:
             rows, columns = item.shape
-            tasks.append(
-                faults.MergedLayer(
-                    f"{item.layer} (added rows)", (rows, columns), adapter_rows, item.rows
-                )
-            )
-            del rows_of[item.layer, item.shape]
+            name = f"{item.layer} (added rows)"
+            tasks.append(faults.MergedLayer(name, (rows, columns), rows_of.pop(key), item.rows))
         else:
             unpaired.append(replace(item, detail=item.detail.replace("TUNED", "MERGED")))
     unpaired += [

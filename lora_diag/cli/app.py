@@ -25,9 +25,9 @@ from typer.core import TyperCommand, TyperGroup
 from lora_diag import catalog
 from lora_diag.cli.options import make_function
 from lora_diag.cli.output import BrokenOutputError, MessageHandler, forget_output, print_message
+from lora_diag.cli.project import Project, find_project, follow_results, replace_names
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError
 from lora_diag.feature import GROUPS
-from lora_diag.project.file import Project, find_project, follow_results, replace_names
 from lora_diag.running.options import EXECUTION, INPUTS, PANELS, list_options
 from lora_diag.version import __version__
 

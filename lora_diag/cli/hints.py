@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_diag.cli import output as out
+from lora_diag.cli.project import find_shared_options
 from lora_diag.feature import Command, Feature, Hint
-from lora_diag.project.file import find_shared_options
 from lora_diag.running.options import EXECUTION
 
 

@@ -48,7 +48,7 @@ DISPLAY = {
     "per": PER,
 }
 
-# Read before the other options, as it gives their defaults (``lora_diag.project``).
+# Read before the other options, as it gives their defaults (``lora_diag.cli.project``).
 LIKE = Option(
     None, "Take texts and settings from results; @base is their BASE.", "RESULTS", panel=INPUTS
 )

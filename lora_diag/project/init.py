@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_diag.adapters.source import CONFIG
+from lora_diag.cli.project import FILE
 from lora_diag.errors import DONE, InputError, LoradiagError, UsageError
 from lora_diag.linting.configs import read_settings
 from lora_diag.linting.values import Values
-from lora_diag.project.file import FILE
 from lora_diag.records import is_results_file
 
 if TYPE_CHECKING:

@@ -563,6 +563,18 @@ def check_results_file(
     return state, part_state
 
 
+def write_results(results: Results[Any], path: Path | str, overwrite: bool = False) -> None:
+    """Write a results file as ``Results.write``, but over no results of other work.
+
+    Raises:
+        UsageError: As ``Results.write`` and ``refuse_other_run``.
+        InputError: As ``Results.write``.
+    """
+    if not overwrite:
+        refuse_other_run(Path(path), results.run)
+    results.write(path, overwrite)
+
+
 def refuse_other_run(path: Path, run: Run) -> None:
     """Refuse to replace the results of another command, or of other inputs, which took work.
 

@@ -194,17 +194,13 @@ class Results(Generic[L]):
         """Write a results file atomically.
 
         Args:
-            path: The file; a finished run there, of the same command and inputs, is replaced.
-            overwrite: Replace any existing file.
+            path: The file; a finished run there is replaced.
+            overwrite: Replace an existing file that loradiag did not write.
 
         Raises:
             UsageError: The path is a link, an unfinished run, or a file that may not be replaced.
             InputError: It cannot be written, or the existing file cannot be read.
         """
-        from lora_diag.records.file import refuse_other_run  # deferred: it imports this module
-
-        if not overwrite:
-            refuse_other_run(Path(path), self.run)
         text = "".join(f"{line}\n" for line in lines_of(self.records()))
         write_whole(Path(path), text, RESULTS, overwrite)
 

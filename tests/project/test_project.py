@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_diag.cli.project import Project, find_project, replace_names
 from lora_diag.errors import UsageError
-from lora_diag.project.file import Project, find_project, replace_names
 from tests.messages import assert_names, raises_naming
 from tests.served import ROOT
 

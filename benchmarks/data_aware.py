@@ -102,7 +102,8 @@ def split(
         for kind, one in ({"plain": plain} | metrics).items()
     }
     allocated |= {
-        kind: lora_diag.allocate(plain, weights=path, params=budget) for kind, path in tails.items()
+        kind: lora_diag.allocate(plain, layer_weights=path, params=budget)
+        for kind, path in tails.items()
     }
     ranks = {
         kind: {record.layer: record.rank for record in result} for kind, result in allocated.items()

@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.measure import machine, print_table, run
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import StoredDelta, pair
-from lora_diag.layers.recovery import Estimate, recover_layer
+from lora_diag.layers.recovery import RecoveryEstimate, recover_layer
 from lora_diag.records.vocabulary import Hidden
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ SAMPLES = Path("sample_checkpoints")
 
 def estimate(
     base: Tensor, tuned: Tensor, seed: int = 0, memory: int | None = None
-) -> tuple[Estimate, StoredDelta]:
+) -> tuple[RecoveryEstimate, StoredDelta]:
     """Estimate one layer, through files as a user's."""
     with tempfile.TemporaryDirectory() as folder:
         sides = []

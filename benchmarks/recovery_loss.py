@@ -81,7 +81,7 @@ def candidates(
     }
     result = {"base": base, "true": after, "stored": stored}
     records = lora_diag.recover(
-        before_path, after_path, folder / "full", full=True, nearest=True, **options
+        before_path, after_path, folder / "full", checkpoint=True, nearest=True, **options
     )
     whole = load_file(folder / "full" / "model.safetensors")
     result["recovered"] = {

@@ -23,7 +23,7 @@ from lora_diag.decisions.plan.architectures import weights_of
 from lora_diag.decisions.plan.cost import estimate_core_seconds, interpolate_cost
 from lora_diag.decisions.plan.record import PlanRates
 from lora_diag.linalg.methods import time_full, time_leading, time_pass
-from lora_diag.running.engines.local import Layout, layout_for
+from lora_diag.running.engines.local import MachineLayout, layout_for
 from lora_diag.running.engines.schedule import REACH, Batch, Capacity, batches, in_order
 
 ORDERS = (256, 1024, 2048, 4096)
@@ -164,7 +164,12 @@ class Cluster:
 
 
 def simulate(
-    tasks: Sequence[Task], nodes: int, cores: int, costs: Costs, top: int | None, layout: Layout
+    tasks: Sequence[Task],
+    nodes: int,
+    cores: int,
+    costs: Costs,
+    top: int | None,
+    layout: MachineLayout,
 ) -> float:
     """Return the simulated seconds of a run on a cluster of equal nodes."""
     cluster = Cluster([cores] * nodes, costs, tasks, top)
@@ -198,7 +203,9 @@ def tables(costs: Costs) -> None:
     def rows() -> Iterator[list[str]]:
         for name, config in MODELS.items():
             tasks = tasks_of(config)
-            layout = Layout(CORES, layout_for(max(prod(task.shape) for task in tasks)).budget)
+            layout = MachineLayout(
+                CORES, layout_for(max(prod(task.shape) for task in tasks)).budget
+            )
             for top, what in VALUES.items():
                 alone = sum(costs.seconds(task, 1, top) for task in tasks)
                 seconds = {
@@ -227,7 +234,7 @@ def plan(costs: Costs) -> None:
             default = layout_for(max(prod(task.shape) for task in tasks)).budget
             size = sum(4 * prod(task.shape) for task in tasks)  # both sides in bf16
             for (top, what), (cores, memory) in product(VALUES.items(), MACHINES):
-                layout = Layout(cores, int(memory * 1e9) if memory else default)
+                layout = MachineLayout(cores, int(memory * 1e9) if memory else default)
                 seconds = simulate(tasks, 1, cores, costs, top, layout)
                 limit = f"`--memory {memory}GB`" if memory else f"default, {default / 1e9:.0f} GB"
                 spent = [

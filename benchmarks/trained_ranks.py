@@ -23,7 +23,7 @@ from lora_diag.decisions.allocate.measure import allocate as by_losses
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.models.data import read_texts
 from lora_diag.models.opening import open_model
-from lora_diag.models.training import Cell, Lora, Training, losses_after
+from lora_diag.models.training import Cell, Lora, TrainingSettings, losses_after
 from lora_diag.probes.sensitivity.gains import gains_of
 from lora_diag.probes.sensitivity.record import Sensitivity
 
@@ -76,7 +76,7 @@ def ranks_by(rule, params, spectra):
         plan = lora_diag.allocate(
             spectra,
             params=params,
-            weights=EXAMPLES / "sensitivity.jsonl" if rule == "gains" else None,
+            layer_weights=EXAMPLES / "sensitivity.jsonl" if rule == "gains" else None,
         )
     return {record.layer: record.rank for record in plan if record.rank}
 
@@ -92,7 +92,7 @@ def trained(model, texts, held, ranks, lr, seed):
         "rank_pattern": names,
         "alpha_pattern": alphas,
     }
-    training = Training(texts, STEPS, BATCH, seed, kind=Lora(config=config))
+    training = TrainingSettings(texts, STEPS, BATCH, seed, kind=Lora(config=config))
     (loss,), _ = losses_after(model, Cell(1, lr, seed), training, [held], lambda: None)
     return loss.mean
 

@@ -43,7 +43,7 @@ from benchmarks.measure import print_table
 from lora_diag.models.data import read_texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import open_model, pad_sequences
-from lora_diag.models.training import Cell, Lora, Training, add_lora, losses_after, train
+from lora_diag.models.training import Cell, Lora, TrainingSettings, add_lora, losses_after, train
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.search import FULL_OVER_LORA
 from lora_diag.tuning.show import tune_table
@@ -171,7 +171,7 @@ class Baselines:
             for part in ("train", "held", "test")
         }
         self.sets = [texts["held"], texts["test"]]
-        self.training = Training(texts["train"], case["steps"], case["batch"], 0)
+        self.training = TrainingSettings(texts["train"], case["steps"], case["batch"], 0)
 
     def run(
         self, config: dict[str, Any] | None, lr: float, seed: int
@@ -243,9 +243,9 @@ def tuned(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         spent.write_text(f"{earlier + time.process_time() - begin}")
 
     result = lora_diag.tune(
-        case["base"], run, data=texts["train"], evaluate=[texts["held"], texts["test"]], params=case["params"],
-        rates=case["rates"], widen=0, steps=case["steps"], seeds=SEEDS, length=case["length"], batch=case["batch"],
-        targets=case["targets"], no_full=True, resume=run.is_dir(),
+        case["base"], run, data=texts["train"], eval=[texts["held"], texts["test"]], params=case["params"],
+        lr=case["rates"], widen=0, steps=case["steps"], repeats=SEEDS, length=case["length"], batch=case["batch"],
+        target_modules=case["targets"], no_full=True, resume=run.is_dir(),
         on_progress=count, on_note=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
     )  # fmt: skip
     count()

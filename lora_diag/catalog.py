@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from html import escape
 from importlib import import_module
@@ -203,7 +204,19 @@ def read_results(path: Path | str) -> Results[Any]:
     from lora_diag.records.file import read_results as read
 
     record_kinds()
-    return read(path)
+    return _rename_settings(read(path))
+
+
+def _rename_settings(results: Results[Any]) -> Results[Any]:
+    """Return results with their settings under today's names of the command's options."""
+    rename_settings = load("lora_diag.running.options:rename_settings")
+    settings = results.run.settings
+    if (feature := feature_of(results.run.command)) is not None:
+        for command in feature.commands:
+            for group in feature.option_groups(command):
+                settings = rename_settings(group, settings)
+    run = results.run.model_copy(update={"settings": settings})
+    return replace(results, run=run)
 
 
 def read_results_of(kind: type[L], path: Path | str) -> Results[L]:

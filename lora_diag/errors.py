@@ -94,12 +94,17 @@ def install_command(extras: str = "", *packages: str) -> str:
 
 
 def flag(name: str) -> str:
-    """Return the name of an option on the command line, given its name in Python.
+    """Return the name of an option on the command line, given its name in Python, which ends in
+    ``_`` if the word is reserved.
 
-    >>> flag("memory_budget"), flag("for_"), flag("output")
-    ('--memory-budget', '--for', '-o')
+    >>> flag("memory_budget"), flag("for_")
+    ('--memory-budget', '--for')
     """
-    return "-o" if name == "output" else f"--{name.rstrip('_').replace('_', '-')}"
+    return f"--{name.rstrip('_').replace('_', '-')}"
+
+
+def _name_in_message(name: str) -> str:
+    return "-o" if name == "output" else flag(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +120,7 @@ class Given:
     value: Any = None
 
     def __str__(self) -> str:
-        name = flag(self.option)
+        name = _name_in_message(self.option)
         return name if self.value is None else f"{name} {_format_value(self.value)}"
 
     def in_python(self) -> str:
@@ -143,7 +148,7 @@ class _Text(Template):
 
 class _Flags(dict[str, str]):
     def __missing__(self, name: str) -> str:
-        return flag(name)
+        return _name_in_message(name)
 
 
 class _Parameters(dict[str, str]):

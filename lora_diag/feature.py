@@ -241,6 +241,10 @@ class Feature:
         """Import and return the object at a declared path."""
         return load(path, self.package)
 
+    def option_groups(self, command: Command) -> list[type]:
+        """Import and return the groups of a command's options, each a ``TypedDict``."""
+        return [self.load(group) if isinstance(group, str) else group for group in command.options]
+
     def function_of(self, command: Command) -> Any:
         """Import and return the function that a command calls."""
         return self.load(command.run or self.functions[0])

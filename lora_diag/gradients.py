@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"(\d+)\D*$")
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class GradientStep:
     """The gradients of one training step.
 
     Args:
@@ -88,7 +88,7 @@ class History:
         return tuple(dict.fromkeys(snapshot.side.dtype for snapshot in self.snapshots))
 
 
-def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
+def open_steps(paths: Sequence[Path | str]) -> tuple[GradientStep, ...]:
     """Open gradient snapshots, reading their headers only.
 
     The step number is ``step`` in the metadata, else the last number in the name of the file; in
@@ -105,11 +105,11 @@ def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
         InputError: A path cannot be read, holds no gradients, has no valid step number or several,
             or repeats a step.
     """
-    steps: dict[int, Step] = {}
+    steps: dict[int, GradientStep] = {}
     for source in chain.from_iterable(_find_sources(locate_files(path).files) for path in paths):
         checkpoint = open_checkpoint(source)
         number = _parse_step(checkpoint, source)
-        existing = steps.setdefault(number, Step(number, checkpoint))
+        existing = steps.setdefault(number, GradientStep(number, checkpoint))
         if existing.checkpoint is not checkpoint:
             raise InputError(
                 f"{source}: step {number} is also in {existing.checkpoint.path}; give each step "
@@ -181,7 +181,7 @@ def _parse_step(checkpoint: Checkpoint, path: Path) -> int:
 
 
 def histories(
-    steps: Sequence[Step], base: Checkpoint | None
+    steps: Sequence[GradientStep], base: Checkpoint | None
 ) -> tuple[tuple[History, ...], tuple[Unpaired, ...]]:
     """Collect the gradients of every weight over the steps.
 

@@ -1,6 +1,8 @@
 """Calls from Python: errors name parameters, and one path or word in place of a list is refused."""
 
+import ast
 import inspect
+import re
 import sys
 import traceback
 
@@ -8,8 +10,10 @@ import pytest
 
 import lora_diag
 from lora_diag import catalog
+from lora_diag.cli.options import CLUSTER, DISPLAY
 from lora_diag.errors import UsageError
 from lora_diag.records import Results
+from lora_diag.running.options import list_options
 from tests.conftest import ROOT
 from tests.messages import assert_names
 from tests.reports.making import run
@@ -59,11 +63,11 @@ def test_errors_name_parameters(options, facts):
     assert "--" not in str(caught.value)
 
 
-def test_parameter_of_another_name_than_its_option():
+def test_errors_of_named_values_are_about_the_parameter():
     with pytest.raises(UsageError, match=r"^layer_weights: x is not a layer"):
-        lora_diag.allocate(SPECTRA, params="50k", weights={"x": 1.0})
+        lora_diag.allocate(SPECTRA, params="50k", layer_weights={"x": 1.0})
     with pytest.raises(UsageError, match=r"^allowed_ranks: "):
-        lora_diag.allocate(SPECTRA, params="50k", ranks_from=[0])
+        lora_diag.allocate(SPECTRA, params="50k", allowed_ranks=[0])
 
 
 @pytest.mark.parametrize(
@@ -80,3 +84,32 @@ def test_missing_package_is_one_line_without_the_import(monkeypatch, convert, pa
         getattr(Results(run("gate"), ()), convert)()
     assert_names(str(caught.value), convert, package, command)
     assert "ModuleNotFoundError" not in "".join(traceback.format_exception(caught.value))
+
+
+def texts_of_errors():
+    """Yield (file, text) of what is wrong and what to do, in every error of the package."""
+    for path in sorted((ROOT / "lora_diag").rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(getattr(call, "func", None), "id", "")
+            if name == "damaged" or name.endswith("Error"):
+                nodes = [node for argument in call.args[1:] for node in ast.walk(argument)]
+                yield from (
+                    (path.name, node.value)
+                    for node in nodes
+                    if isinstance(node, ast.Constant) and isinstance(node.value, str)
+                )
+
+
+@pytest.mark.slow
+def test_texts_of_errors_name_options_as_parameters():
+    groups = [
+        group for _, feature, each in catalog.commands() for group in feature.option_groups(each)
+    ]
+    options = {name for group in groups for name in list_options(group)} | {*DISPLAY, *CLUSTER}
+    texts = list(texts_of_errors())
+    named = [(name, file) for file, text in texts for name in re.findall(r"\$([a-z_]+)", text)]
+    assert [(name, file) for name, file in named if name not in options] == []
+    assert len(named) > 80
+    flags = [(file, text) for file, text in texts if re.search(r"(^|\s)--[a-z]", text)]
+    commands = ("... --resume", "ray start --head")  # as typed, in Python too
+    assert [text for _, text in flags if not any(each in text for each in commands)] == []

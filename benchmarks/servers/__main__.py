@@ -69,7 +69,7 @@ from benchmarks.servers.adapters import (
 from lora_diag.adapters import open_adapter
 from lora_diag.adapters.contents import read_contents
 from lora_diag.adapters.layouts import LAYOUTS
-from lora_diag.adapters.updates import Site
+from lora_diag.adapters.updates import UpdateSite
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.diagnostics.portability.record import Portability
 from lora_diag.errors import InputError
@@ -372,7 +372,7 @@ def add_updates(
             continue
         if status == "wrong":
             item = items[delta.layer]
-            b, a = item.load(Site(delta.shape))
+            b, a = item.load(UpdateSite(delta.shape))
             update = b.double() @ a.double() * (predicted[delta.layer].scale / item.scale)
             update = update if tuple(update.shape) == tuple(delta.shape) else update.T
         else:

@@ -30,7 +30,7 @@ lora_diag.allocate(spectrum, params="80k")
 
 # %%
 truncation = lora_diag.probe_truncation(
-    BASE, TUNED, evaluate=[EVAL], ranks=[4, 16, 64], max_sequences=40
+    BASE, TUNED, eval=[EVAL], ranks=[4, 16, 64], max_sequences=40
 )
 truncation
 
@@ -44,4 +44,4 @@ truncation.plot(width="column")
 
 # %%
 adapters = ["sample_checkpoints/lora_r4", "sample_checkpoints/lora_r16"]
-lora_diag.probe_outputs(BASE, TUNED, adapters, evaluate=[EVAL], max_sequences=40)
+lora_diag.probe_outputs(BASE, TUNED, adapters, eval=[EVAL], max_sequences=40)

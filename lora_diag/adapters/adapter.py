@@ -16,7 +16,7 @@ from lora_diag.adapters.source import (
     open_source,
     refuse_integers,
 )
-from lora_diag.adapters.updates import Reading
+from lora_diag.adapters.updates import AdapterReading
 from lora_diag.checkpoints import Checkpoint, Located, locate_files
 from lora_diag.deltas import Pairing, natural_order
 from lora_diag.errors import InputError
@@ -49,7 +49,7 @@ class Adapter:
     """
 
     source: AdapterFiles
-    reading: Reading
+    reading: AdapterReading
     form: str
 
     @property
@@ -185,7 +185,7 @@ def read_adapter(located: Located, stated_alpha: StatedAlpha = None) -> Adapter:
     raise peft.make_unsupported_error(source)
 
 
-def _add_notes(source: AdapterFiles, reading: Reading, note_on_alpha: str) -> Reading:
+def _add_notes(source: AdapterFiles, reading: AdapterReading, note_on_alpha: str) -> AdapterReading:
     """Return a reading with notes on an activated LoRA, a given α and unused tensors.
 
     Raises:

@@ -20,12 +20,12 @@ from lora_diag.adapters.gguf import TABLE, get_fields, reorder_rows
 from lora_diag.adapters.names import match_names
 from lora_diag.adapters.patterns import Scale, compute_scale, find_targets
 from lora_diag.adapters.source import Config, drop_prefix, is_named
-from lora_diag.adapters.updates import Site, Update
+from lora_diag.adapters.updates import UpdateSite, WeightUpdate
 from lora_diag.adapters.writing_targets import (
     EXPERT_LIKE_NAMES,
     FUSED_MODELS,
     ROUTER,
-    Model,
+    MemoryModel,
     names_in_memory,
 )
 from lora_diag.checkpoints import Checkpoint
@@ -78,7 +78,7 @@ class Item:
         shape: ``(out, in)`` or ``(n,)``, without the sizes that only BASE determines; of a weight
             in full, as stored.
         kernel: ``(in, kh, kw)`` of a convolution; else empty.
-        load: Loads ``(s·B, A)`` for a ``Site``; None without factors.
+        load: Loads ``(s·B, A)`` for an ``UpdateSite``; None without factors.
     """
 
     layer: str
@@ -90,7 +90,7 @@ class Item:
     alpha: float | None = None
     shape: tuple[int, ...] = ()
     kernel: tuple[int, ...] = ()
-    load: Callable[[Site], Factors | torch.Tensor] | None = field(default=None, compare=False)
+    load: Callable[[UpdateSite], Factors | torch.Tensor] | None = field(default=None, compare=False)
 
     @property
     def is_table(self) -> bool:
@@ -216,7 +216,7 @@ def _describe_updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Ite
             )
 
 
-def _find_part(update: Update, adapter: Adapter) -> Part:
+def _find_part(update: WeightUpdate, adapter: Adapter) -> Part:
     """Return the form of an update."""
     if update.needs_weight == "trainable tokens":
         return "rows"
@@ -248,7 +248,7 @@ def _find_kernel(key: str, checkpoint: Checkpoint) -> tuple[int, ...]:
     return checkpoint[down_key].shape[1:]
 
 
-def _find_key(update: Update, part: Part, adapter: Adapter) -> str:
+def _find_key(update: WeightUpdate, part: Part, adapter: Adapter) -> str:
     """Return the name of one tensor of an update: its factor that starts at zero, else one of its
     part or module.
 
@@ -314,7 +314,9 @@ def find_missing_targets(
     in_memory = names_in_memory(adapter, base)
     layers = (item.layer for item in (*pairing.deltas, *pairing.unpaired))
     adapted = {re.sub(r"\[\d+\]$", "", layer) for layer in layers} | {*in_memory}
-    targets = find_targeted(config, list_modules(base, config, adapted, Model(base, in_memory)))
+    targets = find_targeted(
+        config, list_modules(base, config, adapted, MemoryModel(base, in_memory))
+    )
     if not any(name in adapted for name in targets):
         return None
     missing = [name for name in targets if name not in adapted]
@@ -341,7 +343,10 @@ def find_targeted(config: Config, modules: Mapping[str, str]) -> list[str]:
 
 
 def list_modules(
-    base: Checkpoint, config: Config, adapted: Collection[str] = (), model: Model | None = None
+    base: Checkpoint,
+    config: Config,
+    adapted: Collection[str] = (),
+    model: MemoryModel | None = None,
 ) -> dict[str, str]:
     """Return the modules in memory that PEFT could adapt, by the names of their weights in BASE.
 
@@ -351,7 +356,7 @@ def list_modules(
         adapted: Weights that an adapter changes.
         model: The model in memory; default the one derived from BASE alone.
     """
-    model = model or Model(base)
+    model = model or MemoryModel(base)
     min_dimensions = 1 if config.text("peft_type").upper() == "LN_TUNING" else 2
     modules: dict[str, str] = {}
     for name in base:

@@ -28,10 +28,10 @@ from lora_diag.adapters.patterns import Scale, Scaling, compute_scale, make_scal
 from lora_diag.adapters.source import AdapterFiles, Config
 from lora_diag.adapters.thin import find_thin_factors
 from lora_diag.adapters.updates import (
+    AdapterReading,
     Family,
-    Reading,
-    Site,
-    Update,
+    UpdateSite,
+    WeightUpdate,
     flatten_shape,
     format_ranks,
     read,
@@ -76,7 +76,7 @@ def is_kohya(source: AdapterFiles) -> bool:
     return any(PREFIX.match(name) and name.partition(".")[2] in PARTS for name in source.checkpoint)
 
 
-def read_kohya(source: AdapterFiles) -> Reading:
+def read_kohya(source: AdapterFiles) -> AdapterReading:
     """Return the contents of a kohya or LyCORIS file.
 
     Raises:
@@ -106,7 +106,7 @@ def read_kohya(source: AdapterFiles) -> Reading:
     kinds = " + ".join(kind for kind, parts in KINDS.items() if not all_parts.isdisjoint(parts))
     dim, alpha = (source.metadata.get(f"ss_network_{key}") for key in ("dim", "alpha"))
     settings = f", dim={dim}, alpha={alpha}" if dim is not None else ""
-    return Reading(
+    return AdapterReading(
         f"kohya {kinds or 'file'}{settings}, {len(modules)} modules",
         tuple(updates),
         notes=tuple(source.note_missing_alpha(without_alpha, "kohya")),
@@ -121,7 +121,9 @@ def _check_alpha(source: AdapterFiles, key: str) -> None:
         raise damaged(source.path, f"{key} must be a single number, not of shape {shape}")
 
 
-def _read_kohya_module(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
+def _read_kohya_module(
+    source: AdapterFiles, module: str, parts: dict[str, str]
+) -> list[WeightUpdate]:
     """Return the updates of one module: of its weight and of its bias, as far as the
     file has them.
     """
@@ -133,7 +135,7 @@ def _read_kohya_module(source: AdapterFiles, module: str, parts: dict[str, str])
         name = "bias" if part in {"diff_b", "b_norm"} else "weight"
         expected = flatten_shape(info.shape) if len(info.shape) > 1 else info.shape
         load = partial(load_scaled, source.checkpoint, key, 1.0)
-        updates.append(Update(f"{module}.{name}", expected, load, False, info.dtype))
+        updates.append(WeightUpdate(f"{module}.{name}", expected, load, False, info.dtype))
     if not set(parts) <= {*FULL, *EXTRA}:
         updates.append(_read_kohya_factors(source, module, parts))
     path = PREFIX.sub("", module, count=1)
@@ -142,7 +144,7 @@ def _read_kohya_module(source: AdapterFiles, module: str, parts: dict[str, str])
     ]
 
 
-def _read_kohya_factors(source: AdapterFiles, module: str, parts: dict[str, str]) -> Update:
+def _read_kohya_factors(source: AdapterFiles, module: str, parts: dict[str, str]) -> WeightUpdate:
     """Return the update of a module by its factors: of LoRA, LoHa or LoKr, with or without DoRA."""
 
     def find_scale(rank: int | None) -> Scale:
@@ -174,7 +176,7 @@ def _read_kohya_factors(source: AdapterFiles, module: str, parts: dict[str, str]
 
 def _make_update(
     source: AdapterFiles, module: str, up_key: str, down_key: str, mid: str | None, find_scale: Any
-) -> Update:
+) -> WeightUpdate:
     """Return the update by two factors, ``(out, r, 1, …)`` and ``(r, in, …)``, and the core of a
     convolution if any.
 
@@ -192,7 +194,7 @@ def _make_update(
     if mid and (core[:2] != (up[1], down[0]) or math.prod(down[2:]) != 1):
         raise damaged(source.path, f"{module}: lora_mid {list(core)} does not fit up and down")
     scale: Scale = find_scale(down[0])
-    return Update(
+    return WeightUpdate(
         f"{module}.weight",
         (up[0], down[1] * math.prod(core[2:] if mid else down[2:])),
         partial(load_factors, source.checkpoint, (up_key, down_key, mid), scale),
@@ -207,7 +209,7 @@ def _make_update(
 
 
 def load_factors(
-    checkpoint: Checkpoint, keys: tuple[str, str, str | None], scale: Scale, site: Site
+    checkpoint: Checkpoint, keys: tuple[str, str, str | None], scale: Scale, site: UpdateSite
 ) -> Factors:
     """Return s·up ``(out, r)`` and down ``(r, in·kh·kw)``; with a core, down contracted with the
     core.
@@ -230,7 +232,7 @@ def is_diffusers(source: AdapterFiles) -> bool:
     )
 
 
-def read_diffusers(source: AdapterFiles) -> Reading:
+def read_diffusers(source: AdapterFiles) -> AdapterReading:
     """Return the contents of a diffusers LoRA file.
 
     Raises:
@@ -272,7 +274,7 @@ def read_diffusers(source: AdapterFiles) -> Reading:
         [module for module in without_alpha if module not in scalings], "diffusers"
     )
     kind = f"diffusers LoRA, r={format_ranks(updates)}, {len(modules)} modules"
-    return Reading(
+    return AdapterReading(
         kind, tuple(updates), (), tuple(notes), scaling="alpha / r, from the file or its metadata"
     )
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from lora_diag.adapters.patterns import find_targets
 from lora_diag.adapters.source import AdapterFiles, Config, Modules, find_pair, is_named
-from lora_diag.adapters.updates import Site, Update, as_float64
+from lora_diag.adapters.updates import UpdateSite, WeightUpdate, as_float64
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import damaged
 
@@ -138,7 +138,7 @@ def read_stack(
     stack: Stack,
     rank_of: Callable[[str], int],
     scale_of: Callable[[str], float],
-) -> list[Update]:
+) -> list[WeightUpdate]:
     """Return one update per expert, or a single one for a parameter that is a matrix.
 
     Args:
@@ -162,7 +162,7 @@ def read_stack(
         )
     count = a[0] // rank
     return [
-        Update(
+        WeightUpdate(
             weight=stack.parameter,
             shape=(b[0], a[1]),
             load=partial(load_expert_factors, source.checkpoint, b_key, a_key, scale, index, count),
@@ -181,7 +181,13 @@ def read_stack(
 
 
 def load_expert_factors(
-    checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, index: int, count: int, site: Site
+    checkpoint: Checkpoint,
+    b_key: str,
+    a_key: str,
+    scale: float,
+    index: int,
+    count: int,
+    site: UpdateSite,
 ) -> Factors:
     """Return s·B_e ``(out, r)`` and A_e ``(r, in)`` of one expert."""
     rows, columns = checkpoint[a_key].shape

@@ -18,7 +18,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters.source import AdapterFiles, is_number
-from lora_diag.adapters.updates import Family, Reading, Site, Update, format_ranks, read
+from lora_diag.adapters.updates import (
+    AdapterReading,
+    Family,
+    UpdateSite,
+    WeightUpdate,
+    format_ranks,
+    read,
+)
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.gguf import GgufFile, Value
 from lora_diag.checkpoints.gguf_model import ARCHITECTURES, Names, heads, to_halves
@@ -39,7 +46,7 @@ def get_fields(source: AdapterFiles) -> Mapping[str, Value] | None:
     return file.fields if isinstance(file, GgufFile) else None
 
 
-def read_gguf(source: AdapterFiles) -> Reading:
+def read_gguf(source: AdapterFiles) -> AdapterReading:
     """Return the contents of a GGUF adapter.
 
     Raises:
@@ -67,7 +74,7 @@ def read_gguf(source: AdapterFiles) -> Reading:
     notes = _make_notes(fields, names, norms)
     if not alpha:
         notes += source.note_missing_alpha([*pairs], "llama.cpp")
-    return Reading(
+    return AdapterReading(
         kind, tuple(updates), (), tuple(notes), tuple(norms), f"{ALPHA} / r of each tensor"
     )
 
@@ -109,7 +116,7 @@ def _make_notes(fields: Mapping[str, Value], names: Names | None, norms: list[st
 
 def _read_updates(
     source: AdapterFiles, name: str, parts: Mapping[str, str], alpha: float, names: Names | None
-) -> list[Update]:
+) -> list[WeightUpdate]:
     """Return the update of one tensor; of stacked experts, one for each."""
     for part in FACTORS:
         if part not in parts:
@@ -131,7 +138,7 @@ def _read_updates(
     rank = b[-1]
     scale = alpha / rank if alpha else source.scale_without_alpha(rank)
     shape = (a[0], b[0]) if is_table else (b[-2], a[-1])
-    update = Update(
+    update = WeightUpdate(
         weight=weight,
         shape=shape,
         load=partial(load_factors, source.checkpoint, keys, scale, is_table=is_table),
@@ -158,7 +165,7 @@ def load_factors(
     checkpoint: Checkpoint,
     keys: tuple[str, str],
     scale: float,
-    site: Site,
+    site: UpdateSite,
     is_table: bool = False,
     expert: int | None = None,
 ) -> Factors:
@@ -171,7 +178,7 @@ def load_factors(
     return (a * scale, b.T) if is_table else (b * scale, a)
 
 
-def reorder_rows(update: Update, base: Checkpoint | None) -> Update:
+def reorder_rows(update: WeightUpdate, base: Checkpoint | None) -> WeightUpdate:
     """Return an update with its rows in the order of BASE; unchanged if they have that order, or
     without a BASE.
 
@@ -192,7 +199,7 @@ def reorder_rows(update: Update, base: Checkpoint | None) -> Update:
     return replace(update, load=partial(load_reordered, update.load, count), heads="")  # type: ignore[arg-type]
 
 
-def load_reordered(load: partial[Factors], count: int, site: Site) -> Factors:
+def load_reordered(load: partial[Factors], count: int, site: UpdateSite) -> Factors:
     """Return the factors with the rows of B in transformers' order."""
     b, a = load(site)
     return to_halves(b, count), a

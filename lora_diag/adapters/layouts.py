@@ -58,7 +58,7 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class TensorSlot:
     """One tensor of a file.
 
     Args:
@@ -88,14 +88,14 @@ class Slot:
         return size[::-1] if self.turned else size
 
 
-Plan = dict[str, Slot]
+Plan = dict[str, TensorSlot]
 
 # Every tensor of a file, and the config.
 Planned = tuple[Plan, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class AdapterLayout:
     """A layout of files.
 
     Args:
@@ -134,9 +134,9 @@ def _plan_pair(placed: Placed, a: str, b: str) -> Plan:
     """
     kernel = placed.item.kernel
     if not kernel:
-        return {a: Slot(placed, "A"), b: Slot(placed, "B")}
+        return {a: TensorSlot(placed, "A"), b: TensorSlot(placed, "B")}
     of_b = (placed.item.shape[0], 0, *(1 for _ in kernel[1:]))
-    return {a: Slot(placed, "A", shape=(0, *kernel)), b: Slot(placed, "B", shape=of_b)}
+    return {a: TensorSlot(placed, "A", shape=(0, *kernel)), b: TensorSlot(placed, "B", shape=of_b)}
 
 
 def _make_path(item: Item, contents: Contents) -> str:
@@ -182,8 +182,8 @@ def _to_peft(
     modules = [_make_path(weight.item, contents) for weight in placed]
     for path, weight in zip(modules, placed, strict=True):
         if weight.item.is_table:  # ΔW = (B·A)ᵀ of what PEFT stores
-            plan[f"{PREFIX}{path}.lora_embedding_A"] = Slot(weight, "B", turned=True)
-            plan[f"{PREFIX}{path}.lora_embedding_B"] = Slot(weight, "A", turned=True)
+            plan[f"{PREFIX}{path}.lora_embedding_A"] = TensorSlot(weight, "B", turned=True)
+            plan[f"{PREFIX}{path}.lora_embedding_B"] = TensorSlot(weight, "A", turned=True)
         else:
             plan |= _plan_pair(
                 weight, f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
@@ -222,7 +222,7 @@ def _to_kohya(
             prefix = _PREFIX_BY_COMPONENT.get(component, f"lora_{component}")
             module = f"{prefix}_{_make_path(weight.item, contents).replace('.', '_')}"
         plan |= _plan_pair(weight, f"{module}.lora_down.weight", f"{module}.lora_up.weight")
-        plan[f"{module}.alpha"] = Slot(None, value=float(rank))
+        plan[f"{module}.alpha"] = TensorSlot(None, value=float(rank))
     return plan, {}
 
 
@@ -250,8 +250,12 @@ def _to_mlx(
         _, layers, inside = path.partition("layers.")
         keys.add(inside.partition(".")[2] if layers else path)
         is_table = weight.item.is_table  # LoRAEmbedding has (vocab, r) and (r, dim)
-        plan[f"{path}.lora_a"] = Slot(weight, "B") if is_table else Slot(weight, "A", turned=True)
-        plan[f"{path}.lora_b"] = Slot(weight, "A") if is_table else Slot(weight, "B", turned=True)
+        plan[f"{path}.lora_a"] = (
+            TensorSlot(weight, "B") if is_table else TensorSlot(weight, "A", turned=True)
+        )
+        plan[f"{path}.lora_b"] = (
+            TensorSlot(weight, "A") if is_table else TensorSlot(weight, "B", turned=True)
+        )
     settings = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)}
     return plan, {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": settings}
 
@@ -276,8 +280,8 @@ def _to_gguf(
     for weight in placed:
         name = _convert_to_gguf_name(weight.item, names, contents)
         if name == TABLE:
-            plan[f"{name}.lora_a"] = Slot(weight, "B")
-            plan[f"{name}.lora_b"] = Slot(weight, "A", turned=True)
+            plan[f"{name}.lora_a"] = TensorSlot(weight, "B")
+            plan[f"{name}.lora_b"] = TensorSlot(weight, "A", turned=True)
             continue
         count = 0
         if base is not None and (key := names.heads_key(name) if names is not None else ""):
@@ -289,8 +293,8 @@ def _to_gguf(
                 )
                 fix = "give the folder of the model that the adapter was trained on"
                 raise damaged(base.path, f"{problem} of {weight.item.layer}", fix)
-        plan[f"{name}.lora_a"] = Slot(weight, "A")
-        plan[f"{name}.lora_b"] = Slot(weight, "B", heads=count)
+        plan[f"{name}.lora_a"] = TensorSlot(weight, "A")
+        plan[f"{name}.lora_b"] = TensorSlot(weight, "B", heads=count)
     architecture = (
         names.architecture if names is not None else str(contents.config["general.architecture"])
     )
@@ -347,11 +351,11 @@ def _convert_to_gguf_name(item: Item, names: Names | None, contents: Contents) -
 
 
 LAYOUTS = {
-    "peft": Layout(WEIGHTS, _to_peft),
-    "kohya": Layout("lora.safetensors", _to_kohya),
-    "diffusers": Layout("pytorch_lora_weights.safetensors", _to_diffusers),
-    "mlx": Layout("adapters.safetensors", _to_mlx, partial(_why_unsupported, "mlx")),
-    GGUF: Layout("adapter.gguf", _to_gguf, partial(_why_unsupported, GGUF)),
+    "peft": AdapterLayout(WEIGHTS, _to_peft),
+    "kohya": AdapterLayout("lora.safetensors", _to_kohya),
+    "diffusers": AdapterLayout("pytorch_lora_weights.safetensors", _to_diffusers),
+    "mlx": AdapterLayout("adapters.safetensors", _to_mlx, partial(_why_unsupported, "mlx")),
+    GGUF: AdapterLayout("adapter.gguf", _to_gguf, partial(_why_unsupported, GGUF)),
 }
 
 

@@ -32,10 +32,10 @@ from lora_diag.adapters.peft import MERGE
 from lora_diag.adapters.source import AdapterFiles, Config, check_ranks, find_pair, group_by_module
 from lora_diag.adapters.thin import StoredFactors, find_thin_factors
 from lora_diag.adapters.updates import (
+    AdapterReading,
     Family,
-    Reading,
-    Site,
-    Update,
+    UpdateSite,
+    WeightUpdate,
     add_stored_values,
     flatten_shape,
     load_product,
@@ -91,7 +91,7 @@ def _find_target(module: str, attentions: set[str]) -> tuple[str, str, str, floa
     return module, f"{module}.weight", f"{module}.bias", 1.0
 
 
-def read_lora(source: AdapterFiles) -> Reading:
+def read_lora(source: AdapterFiles) -> AdapterReading:
     """Return the contents of a PEFT LoRA adapter."""
     config = source.settings
     _refuse_variants(source)
@@ -122,7 +122,7 @@ def read_lora(source: AdapterFiles) -> Reading:
         notes.append(f"{remark} ({len(attentions)} modules)")
     updates, replication_notes = assign_to_base_layers(updates, config)
     kind = f"PEFT {_name_variant(config)}, {describe_scaling(config)}, {len(modules)} modules"
-    reading = Reading(
+    reading = AdapterReading(
         kind, tuple(updates), (), (*notes, *replication_notes), sampler_names, scaling.describe()
     )
     return add_stored_values(reading, source, unclaimed)
@@ -165,7 +165,7 @@ def _name_variant(config: Config) -> str:
 
 def _read_module(
     source: AdapterFiles, scaling: Scaling, module: str, attentions: set[str], parts: dict[str, str]
-) -> list[Update]:
+) -> list[WeightUpdate]:
     """Return the updates of one adapted module: its weight, and its bias if ``lora_bias`` trained
     one.
     """
@@ -176,7 +176,7 @@ def _read_module(
         source, module, parts, rank, scale
     )
     trains_only_a = scaling.config.text("init_lora_weights").lower() == "mica"
-    update = Update(
+    update = WeightUpdate(
         weight=weight,
         shape=shape,
         load=load,
@@ -195,7 +195,7 @@ def _read_module(
     load_bias = partial(load_scaled, source.checkpoint, key, scale)
     return [
         update,
-        Update(bias, source.shape(key, 1), load_bias, False, source.checkpoint[key].dtype),
+        WeightUpdate(bias, source.shape(key, 1), load_bias, False, source.checkpoint[key].dtype),
     ]
 
 
@@ -213,7 +213,7 @@ def _find_thin_factors(
 
 
 # ``(out, in)``, the loader of the factors, and the names of A and B.
-LocatedFactors = tuple[tuple[int, int], Callable[[Site], "Factors"], tuple[str, str]]
+LocatedFactors = tuple[tuple[int, int], Callable[[UpdateSite], "Factors"], tuple[str, str]]
 
 
 def _read_embedding(
@@ -261,7 +261,12 @@ def _read_linear(
 
 
 def load_linear_factors(
-    checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, diagonal: str | None, site: Site
+    checkpoint: Checkpoint,
+    b_key: str,
+    a_key: str,
+    scale: float,
+    diagonal: str | None,
+    site: UpdateSite,
 ) -> Factors:
     """Return s·B·diag(d) and A; for a convolution, A as the matrix ``(r, in·kh·kw)``."""
     b, a = (read(checkpoint, key).flatten(1) for key in (b_key, a_key))
@@ -270,7 +275,7 @@ def load_linear_factors(
     return b * scale, a
 
 
-def load_scaled(checkpoint: Checkpoint, key: str, scale: float, site: Site) -> torch.Tensor:
+def load_scaled(checkpoint: Checkpoint, key: str, scale: float, site: UpdateSite) -> torch.Tensor:
     """Return s times a stored change of a weight or bias."""
     return read(checkpoint, key).reshape(site.shape) * scale
 
@@ -319,7 +324,7 @@ def load_blocked_factors(
     a_key: str,
     scale: float,
     blocks: tuple[int, bool, bool],
-    site: Site,
+    site: UpdateSite,
 ) -> Factors:
     """Return s·B and A; one that is stored as blocks is block-diagonal."""
     import torch
@@ -333,7 +338,9 @@ def load_blocked_factors(
     return b * scale, a
 
 
-def add_magnitude(update: Update, source: AdapterFiles, magnitude: str, by_column: bool) -> Update:
+def add_magnitude(
+    update: WeightUpdate, source: AdapterFiles, magnitude: str, by_column: bool
+) -> WeightUpdate:
     """Return the DoRA update for an update with a magnitude vector.
 
     Args:
@@ -363,11 +370,11 @@ def add_magnitude(update: Update, source: AdapterFiles, magnitude: str, by_colum
 
 
 def load_dora(
-    load: Callable[[Site], Factors | torch.Tensor],
+    load: Callable[[UpdateSite], Factors | torch.Tensor],
     checkpoint: Checkpoint,
     magnitude: str,
     by_column: bool,
-    site: Site,
+    site: UpdateSite,
 ) -> torch.Tensor:
     """Return (m / n) ⊙ V − W, where n are the norms of V's rows (columns)."""
     import torch
@@ -408,20 +415,22 @@ def name_start(config: Config) -> str:
     return STARTS.get(config.text("init_lora_weights").lower(), "")
 
 
-def make_relative_to_base(update: Update, config: Config, scale: float, rank: int) -> Update:
+def make_relative_to_base(
+    update: WeightUpdate, config: Config, scale: float, rank: int
+) -> WeightUpdate:
     """Return the update relative to the original base; unchanged if the initialization did not
     change it.
     """
     name = name_start(config)
     if not name:
         return update
-    factors = cast("Callable[[Site], Factors]", update.load)
+    factors = cast("Callable[[UpdateSite], Factors]", update.load)
     load = partial(subtract_part, factors, name, scale, rank)
     return replace(update, load=load, needs_weight=name, zero_if="", plain=factors, thin=None)
 
 
 def subtract_part(
-    factors: Callable[[Site], Factors], name: str, scale: float, rank: int, site: Site
+    factors: Callable[[UpdateSite], Factors], name: str, scale: float, rank: int, site: UpdateSite
 ) -> Factors:
     """Return factors of s·B·A − P: ``[sB, −P_left]`` and ``[A; P_right]``."""
     import torch
@@ -450,7 +459,9 @@ LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 MAX_LAYERS = 100_000
 
 
-def assign_to_base_layers(updates: list[Update], config: Config) -> tuple[list[Update], list[str]]:
+def assign_to_base_layers(
+    updates: list[WeightUpdate], config: Config
+) -> tuple[list[WeightUpdate], list[str]]:
     """Return the updates, each assigned to the layer of BASE that it acts on, and notes.
 
     Without ``layer_replication`` the updates are unchanged, and there are no notes.

@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING
 
 from lora_diag.adapters.patterns import Scale, Scaling, compute_scale, describe_scaling
 from lora_diag.adapters.source import AdapterFiles, check_ranks, group_by_module
-from lora_diag.adapters.updates import Family, Reading, Shape, Site, Update, add_stored_values, read
+from lora_diag.adapters.updates import (
+    AdapterReading,
+    Family,
+    Shape,
+    UpdateSite,
+    WeightUpdate,
+    add_stored_values,
+    read,
+)
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import damaged
 
@@ -32,12 +40,12 @@ LOHA = LOHA_FACTORS + LOHA_CORES
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
 # AdapterFiles, module, its tensors and its scale, given the rank of the factors -> its update.
-Read = Callable[[AdapterFiles, str, dict[str, str], Callable[["int | None"], Scale]], Update]
+Read = Callable[[AdapterFiles, str, dict[str, str], Callable[["int | None"], Scale]], WeightUpdate]
 
 
 def _read_peft(
     parts: tuple[str, ...], kind: str, read_update: Read, source: AdapterFiles
-) -> Reading:
+) -> AdapterReading:
     """Return the contents of a PEFT adapter whose modules are scaled by α/r of the config."""
     modules, unclaimed = group_by_module(source.checkpoint, parts, source.path)
     names = list(modules)
@@ -57,7 +65,7 @@ def _read_peft(
         for name, found in modules.items()
     ]
     kind = f"PEFT {kind}, {describe_scaling(source.settings, 'alpha')}, {len(modules)} modules"
-    reading = Reading(
+    reading = AdapterReading(
         kind, tuple(updates), notes=tuple(scaling.notes(names)), scaling=scaling.describe("alpha")
     )
     return add_stored_values(reading, source, unclaimed)
@@ -68,7 +76,7 @@ def read_hadamard(
     module: str,
     parts: dict[str, str],
     find_scale: Callable[[int | None], Scale],
-) -> Update:
+) -> WeightUpdate:
     """Return the update of one weight by LoHa.
 
     Args:
@@ -104,7 +112,7 @@ def read_hadamard(
         partial(load_hadamard, source.checkpoint, dict(parts), scale),
         source.checkpoint[parts["hada_w1_a"]].dtype,
     )
-    return Update(
+    return WeightUpdate(
         f"{module}.weight",
         shape,
         load,
@@ -117,7 +125,7 @@ def read_hadamard(
 
 
 def load_hadamard(
-    checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, site: Site
+    checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, site: UpdateSite
 ) -> torch.Tensor:
     """Return s·(w1_a·w1_b) ⊙ (w2_a·w2_b)."""
     first, second = (
@@ -147,7 +155,7 @@ def read_kronecker(
     parts: dict[str, str],
     find_scale: Callable[[int | None], Scale],
     as_peft: bool = False,
-) -> Update:
+) -> WeightUpdate:
     """Return the update of one weight by LoKr.
 
     Args:
@@ -164,7 +172,7 @@ def read_kronecker(
     shape = (left[0] * right[0], left[1] * math.prod(right[1:]))
     dtype = source.checkpoint[parts.get("lokr_w1") or parts["lokr_w1_a"]].dtype
     load = partial(load_kronecker, source.checkpoint, dict(parts), scale, as_peft)
-    return Update(
+    return WeightUpdate(
         f"{module}.weight",
         shape,
         load,
@@ -199,7 +207,7 @@ def _read_side_shape(
 
 
 def load_kronecker(
-    checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, as_peft: bool, site: Site
+    checkpoint: Checkpoint, parts: dict[str, str], scale: Scale, as_peft: bool, site: UpdateSite
 ) -> torch.Tensor:
     """Return s·(w1 ⊗ w2) in the layout of W."""
     import torch

@@ -17,7 +17,7 @@ from lora_diag.adapters.lora import add_magnitude
 from lora_diag.adapters.patterns import Scale
 from lora_diag.adapters.source import AdapterFiles, Config, group_by_module
 from lora_diag.adapters.thin import find_thin_factors
-from lora_diag.adapters.updates import Family, NewValue, Reading, Update, load_product
+from lora_diag.adapters.updates import AdapterReading, Family, NewValue, WeightUpdate, load_product
 from lora_diag.deltas import is_table
 from lora_diag.errors import damaged
 
@@ -30,7 +30,7 @@ def is_mlx(source: AdapterFiles) -> bool:
     return has_factors or (source.config is not None and "fine_tune_type" in source.config)
 
 
-def read_mlx(source: AdapterFiles) -> Reading:
+def read_mlx(source: AdapterFiles) -> AdapterReading:
     """Return the contents of an MLX adapter, or of a full fine-tune by mlx-lm, whose weights are
     new values.
 
@@ -45,7 +45,7 @@ def read_mlx(source: AdapterFiles) -> Reading:
         else Config(source.path, {})
     )
     if config.text("fine_tune_type") == "full":
-        return Reading(
+        return AdapterReading(
             "MLX full fine-tune", (), tuple(NewValue(key, key) for key in source.checkpoint)
         )
     settings = Config(config.path, config.table("lora_parameters"))
@@ -66,7 +66,7 @@ def read_mlx(source: AdapterFiles) -> Reading:
     scaling = (
         "the given α over r" if scale is None else f"lora_parameters.scale, from {config.path.name}"
     )
-    return Reading(
+    return AdapterReading(
         f"{kind}, {len(modules)} modules", tuple(updates), values, tuple(notes), scaling=scaling
     )
 
@@ -77,7 +77,7 @@ def _read_update(
     parts: dict[str, str],
     config_scale: float | None,
     settings: Config,
-) -> Update:
+) -> WeightUpdate:
     """Return the update of one module, given the scale of the config, if it has one."""
     if "lora_a" not in parts or "lora_b" not in parts:
         raise damaged(
@@ -99,7 +99,7 @@ def _read_update(
     )
     shape = (a[0], b[1]) if is_embedding else (b[1], a[0])
     keys = (parts["lora_a"], key) if is_embedding else (key, parts["lora_a"])
-    update = Update(
+    update = WeightUpdate(
         weight,
         shape,
         partial(load_product, source.checkpoint, *keys, scale, not is_embedding),

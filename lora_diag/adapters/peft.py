@@ -36,12 +36,12 @@ from lora_diag.adapters import updates
 from lora_diag.adapters.source import AdapterFiles, check_ranks, drop_prefix, find_pair, is_named
 from lora_diag.adapters.updates import (
     ROWS,
+    AdapterReading,
     Family,
     NewValue,
-    Reading,
     Shape,
-    Site,
-    Update,
+    UpdateSite,
+    WeightUpdate,
     read,
     read_modules,
 )
@@ -72,7 +72,7 @@ MAX_TERMS = 1000
 LN_TUNING = re.compile(r"\.ln_tuning_layers(\.(?!weight$|bias$)[^.]+)?(?=\.(weight|bias)$)")
 
 
-def read_adalora(source: AdapterFiles) -> Reading:
+def read_adalora(source: AdapterFiles) -> AdapterReading:
     """Return the contents of an AdaLoRA adapter."""
     config = source.settings
     kind = (
@@ -85,7 +85,7 @@ def read_adalora(source: AdapterFiles) -> Reading:
     )
 
 
-def _read_adalora(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
+def _read_adalora(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[WeightUpdate]:
     """Return the update of one module of AdaLoRA."""
     a_key, b_key = find_pair(source, module, parts)
     if "lora_E" not in parts:
@@ -107,14 +107,14 @@ def _read_adalora(source: AdapterFiles, module: str, parts: dict[str, str]) -> l
     dtype, zero_if, shape = source.checkpoint[b_key].dtype, parts["lora_E"], (b[0], a[1])
     weight = f"{module}.weight"
     return [
-        Update(
+        WeightUpdate(
             weight, shape, load, True, dtype, zero_if=zero_if, rank=a[0], scale=scale, diagonal=True
         )
     ]
 
 
 def load_adalora_factors(
-    checkpoint: Checkpoint, b_key: str, a_key: str, e_key: str, scale: float, site: Site
+    checkpoint: Checkpoint, b_key: str, a_key: str, e_key: str, scale: float, site: UpdateSite
 ) -> Factors:
     """Return s·B and diag(E)·A."""
     return read(checkpoint, b_key) * scale, read(checkpoint, a_key) * read(
@@ -122,7 +122,7 @@ def load_adalora_factors(
     ).reshape(-1, 1)
 
 
-def read_vera(source: AdapterFiles) -> Reading:
+def read_vera(source: AdapterFiles) -> AdapterReading:
     """Return the contents of a PEFT VeRA adapter.
 
     Raises:
@@ -138,7 +138,7 @@ def read_vera(source: AdapterFiles) -> Reading:
     return read_modules(source, VERA, _read_vera, kind, ignored=VERA_SHARED)
 
 
-def _read_vera(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
+def _read_vera(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[WeightUpdate]:
     """Return the update of one module of VeRA."""
     if set(parts) != set(VERA):
         problem = f"{module} has only {', '.join(sorted(parts))}, so the file is incomplete"
@@ -153,7 +153,7 @@ def _read_vera(source: AdapterFiles, module: str, parts: dict[str, str]) -> list
     key, load = parts[VERA[0]], partial(load_vera_factors, source.checkpoint, parts)
     dtype = source.checkpoint[key].dtype
     return [
-        Update(
+        WeightUpdate(
             f"{module}.weight",
             (out, None),
             load,
@@ -166,7 +166,7 @@ def _read_vera(source: AdapterFiles, module: str, parts: dict[str, str]) -> list
     ]
 
 
-def load_vera_factors(checkpoint: Checkpoint, parts: dict[str, str], site: Site) -> Factors:
+def load_vera_factors(checkpoint: Checkpoint, parts: dict[str, str], site: UpdateSite) -> Factors:
     """Return diag(b)·B[:out] and diag(d)·A[:, :in].
 
     Raises:
@@ -180,7 +180,7 @@ def load_vera_factors(checkpoint: Checkpoint, parts: dict[str, str], site: Site)
     return b_column * b[: site.shape[0]], d_column * a[:, : site.shape[1]]
 
 
-def _read_ia3(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
+def _read_ia3(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[WeightUpdate]:
     """Return the update of a module's weight and, if it is along the rows, an optional one of its
     bias.
     """
@@ -199,12 +199,12 @@ def _read_ia3(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[
     by_row = info.shape[0] == size if len(info.shape) == 2 and size > 1 else not is_feedforward
     expected: Shape = (size, None) if by_row else (None, None if len(info.shape) > 2 else size)
     load = partial(load_ia3, source.checkpoint, key, by_row)
-    update = Update(f"{module}.weight", expected, load, False, info.dtype, "IA3")
-    bias = Update(f"{module}.bias", (size,), load, False, info.dtype, "IA3", optional=True)
+    update = WeightUpdate(f"{module}.weight", expected, load, False, info.dtype, "IA3")
+    bias = WeightUpdate(f"{module}.bias", (size,), load, False, info.dtype, "IA3", optional=True)
     return [update, bias] if by_row else [update]
 
 
-def load_ia3(checkpoint: Checkpoint, key: str, by_row: bool, site: Site) -> torch.Tensor:
+def load_ia3(checkpoint: Checkpoint, key: str, by_row: bool, site: UpdateSite) -> torch.Tensor:
     """Return (l − 1) ⊙ W, of a weight or a bias."""
     change, w = read(checkpoint, key).reshape(-1) - 1, site.weight()
     if by_row:
@@ -212,17 +212,17 @@ def load_ia3(checkpoint: Checkpoint, key: str, by_row: bool, site: Site) -> torc
     return (w.reshape(w.shape[0], len(change), -1) * change[None, :, None]).reshape(w.shape)
 
 
-def read_ln_tuning(source: AdapterFiles) -> Reading:
+def read_ln_tuning(source: AdapterFiles) -> AdapterReading:
     """Return the contents of a PEFT LN_TUNING adapter."""
     keys = [key for key in source.checkpoint if LN_TUNING.search(key)]
     values = tuple(NewValue(LN_TUNING.sub("", drop_prefix(key)), key) for key in keys)
     unclaimed = [key for key in source.checkpoint if key not in set(keys)]
     return updates.add_stored_values(
-        Reading(f"PEFT LN tuning, {len(keys)} tensors", (), values), source, unclaimed
+        AdapterReading(f"PEFT LN tuning, {len(keys)} tensors", (), values), source, unclaimed
     )
 
 
-def read_oft(source: AdapterFiles) -> Reading:
+def read_oft(source: AdapterFiles) -> AdapterReading:
     """Return the contents of a PEFT OFT adapter.
 
     Raises:
@@ -243,7 +243,9 @@ def read_oft(source: AdapterFiles) -> Reading:
     return read_modules(source, (OFT_LAYER, OFT_TABLE), partial(_read_oft, terms), "PEFT OFT")
 
 
-def _read_oft(terms: int, source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
+def _read_oft(
+    terms: int, source: AdapterFiles, module: str, parts: dict[str, str]
+) -> list[WeightUpdate]:
     """Return the update of one module of OFT, given the number of Neumann terms; 0 for the exact
     transform.
     """
@@ -262,11 +264,13 @@ def _read_oft(terms: int, source: AdapterFiles, module: str, parts: dict[str, st
         raise damaged(source.checkpoint.path, problem, "check the config")
     load = partial(load_oft, source.checkpoint, key, size, terms, part == OFT_TABLE)
     shape: Shape = (None, None if is_shared else count * size)
-    return [Update(f"{module}.weight", shape, load, False, source.checkpoint[key].dtype, "OFT")]
+    return [
+        WeightUpdate(f"{module}.weight", shape, load, False, source.checkpoint[key].dtype, "OFT")
+    ]
 
 
 def load_oft(
-    checkpoint: Checkpoint, key: str, size: int, terms: int, is_table: bool, site: Site
+    checkpoint: Checkpoint, key: str, size: int, terms: int, is_table: bool, site: UpdateSite
 ) -> torch.Tensor:
     """Return W·Rᵀ − W, or W·R − W for an embedding, block by block of W's columns.
 
@@ -312,7 +316,7 @@ def _cayley_transform(q: torch.Tensor, terms: int) -> torch.Tensor:
     return result
 
 
-def read_fourierft(source: AdapterFiles) -> Reading:
+def read_fourierft(source: AdapterFiles) -> AdapterReading:
     """Return the contents of a PEFT FourierFT adapter.
 
     Raises:
@@ -334,12 +338,12 @@ def read_fourierft(source: AdapterFiles) -> Reading:
 
 def _read_fourierft(
     scaling: float, seed: int, source: AdapterFiles, module: str, parts: dict[str, str]
-) -> list[Update]:
+) -> list[WeightUpdate]:
     """Return the update of one module of FourierFT."""
     (key,) = parts.values()
     load = partial(load_fourierft, source.checkpoint, key, scaling, seed)
     return [
-        Update(
+        WeightUpdate(
             f"{module}.weight",
             (None, None),
             load,
@@ -351,7 +355,7 @@ def _read_fourierft(
 
 
 def load_fourierft(
-    checkpoint: Checkpoint, key: str, scaling: float, seed: int, site: Site
+    checkpoint: Checkpoint, key: str, scaling: float, seed: int, site: UpdateSite
 ) -> torch.Tensor:
     """Return Re ifft2(S)·scaling.
 
@@ -373,11 +377,11 @@ def load_fourierft(
     return change
 
 
-def read_trainable_tokens(source: AdapterFiles) -> Reading:
+def read_trainable_tokens(source: AdapterFiles) -> AdapterReading:
     """Return the contents of a TRAINABLE_TOKENS adapter."""
     indices = source.settings.values.get("token_indices")
 
-    def read_table(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
+    def read_table(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[WeightUpdate]:
         return [updates.make_rows_update(source, module, parts[ROWS], indices)]
 
     return read_modules(source, (ROWS,), read_table, "PEFT trainable tokens", unit="tables")

@@ -22,11 +22,11 @@ from lora_diag.adapters.gguf import reorder_rows
 from lora_diag.adapters.names import Location, match_names, shapes_agree
 from lora_diag.adapters.source import AdapterFiles
 from lora_diag.adapters.updates import (
+    AdapterReading,
     NewValue,
-    Reading,
     Shape,
-    Site,
-    Update,
+    UpdateSite,
+    WeightUpdate,
     as_float64,
     flatten_shape,
 )
@@ -121,15 +121,15 @@ class Piece:
         base: Location of the whole layer; None without a BASE, or if BASE does not give floats.
     """
 
-    update: Update
+    update: WeightUpdate
     location: Location
-    site: Site
+    site: UpdateSite
     base: Side | None = None
 
 
 def place_updates(
     source: AdapterFiles,
-    reading: Reading,
+    reading: AdapterReading,
     base: Checkpoint | None,
     layers: str | None = None,
     exclude: str | None = None,
@@ -207,7 +207,7 @@ def _make_nothing_measured_error(
 
 
 def _place_without_base(
-    source: AdapterFiles, reading: Reading
+    source: AdapterFiles, reading: AdapterReading
 ) -> tuple[list[Delta], list[Unpaired], list[str]]:
     """Return the ΔW of an adapter without a BASE, the skipped weights, and notes."""
     changes: list[Delta] = []
@@ -220,7 +220,7 @@ def _place_without_base(
             why = f"{kind} computes its ΔW from the base weight, so BASE is needed"
             unpaired.append(Unpaired(layer, shape, "needs_base", why))
         elif not update.optional:
-            piece = Piece(update, Location(layer, layer, shape), Site(shape))
+            piece = Piece(update, Location(layer, layer, shape), UpdateSite(shape))
             changes.append(_make_delta(layer, [piece], None))
     for value in reading.values:
         if not value.is_copy:
@@ -234,7 +234,7 @@ def _place_without_base(
 
 
 def _place_on_base(
-    source: AdapterFiles, reading: Reading, base: Checkpoint
+    source: AdapterFiles, reading: AdapterReading, base: Checkpoint
 ) -> tuple[list[Delta], list[Unpaired], list[str]]:
     """Return the ΔW of an adapter relative to its BASE, the skipped weights and rows, and notes."""
     copies, values = _sort_values(source, reading, base)
@@ -284,7 +284,7 @@ def _refuse_overlap(source: AdapterFiles, layer: str, pieces: list[Piece]) -> No
 
 
 def _match_pieces(
-    source: AdapterFiles, reading: Reading, base: Checkpoint
+    source: AdapterFiles, reading: AdapterReading, base: Checkpoint
 ) -> tuple[list[Piece], dict[str, tuple[Shape, str]]]:
     """Return every update with its location and orientation in BASE, and the others with shape and
     reason.
@@ -322,7 +322,7 @@ def _match_pieces(
 
 
 def _is_in_out(
-    update: Update, location: Location, orientation: Orientation, model_type: str
+    update: WeightUpdate, location: Location, orientation: Orientation, model_type: str
 ) -> bool:
     """Return whether BASE stores the weight of an update as ``(in, out)``."""
     if update.in_out is None:
@@ -333,7 +333,7 @@ def _is_in_out(
     return update.in_out(model_type) if out == columns else location.shape != (out, columns)
 
 
-def _make_piece(update: Update, location: Location, base: Checkpoint, in_out: bool) -> Piece:
+def _make_piece(update: WeightUpdate, location: Location, base: Checkpoint, in_out: bool) -> Piece:
     """Return an update with its location, after checking that it can be computed there.
 
     Raises:
@@ -361,7 +361,7 @@ def _make_piece(update: Update, location: Location, base: Checkpoint, in_out: bo
             "has another vocabulary size in BASE than in the adapter, but its update needs all rows"
         )
         raise InputError(f"{location.name} {problem}; give the base with the resized vocabulary")
-    return Piece(update, location, Site(shape, side, in_out), whole_side)
+    return Piece(update, location, UpdateSite(shape, side, in_out), whole_side)
 
 
 def _read_model_type(base: Checkpoint, source: AdapterFiles) -> str:
@@ -377,7 +377,7 @@ def _read_model_type(base: Checkpoint, source: AdapterFiles) -> str:
 
 
 def _make_delta(
-    layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None
+    layer: str, pieces: list[Piece], plus: Callable[[UpdateSite], torch.Tensor] | None
 ) -> Delta:
     """Return the ΔW of one layer from its updates, and from ``plus``, the change of a saved copy of
     its weight.
@@ -438,7 +438,9 @@ def _embed_in_layer(part: torch.Tensor, location: Location) -> torch.Tensor:
     return whole
 
 
-def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None) -> torch.Tensor:
+def load_dense(
+    pieces: list[Piece], plus: Callable[[UpdateSite], torch.Tensor] | None
+) -> torch.Tensor:
     """Return ΔW of a layer in its stored orientation, float32; that of a vector as one row."""
     total = _read_change(pieces[0])
     for piece in pieces[1:]:
@@ -470,7 +472,7 @@ def _note_added_rows(piece: Piece) -> Iterator[Unpaired]:
 
 
 def _sort_values(
-    source: AdapterFiles, reading: Reading, base: Checkpoint
+    source: AdapterFiles, reading: AdapterReading, base: Checkpoint
 ) -> tuple[dict[str, NewValue], list[NewValue]]:
     """Split stored values into copies that differ from BASE, by their names in it, and others; drop
     equal copies.
@@ -503,7 +505,7 @@ def _equals_base(source: AdapterFiles, key: str, base: Checkpoint, name: str) ->
     return all(torch.equal(as_float64(a), as_float64(b)) for a, b in delta.blocks())
 
 
-def subtract_base(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
+def subtract_base(checkpoint: Checkpoint, key: str, site: UpdateSite) -> torch.Tensor:
     """Return the difference of the adapter's saved base from BASE, on common rows."""
     count = math.prod(site.shape)
     return as_float64(checkpoint.read(key, 0, count)).view(site.shape) - site.weight()

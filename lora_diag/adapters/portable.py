@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.contents import LOW_RANK_PARTS, Contents, Item, read_contents
-from lora_diag.adapters.layouts import GGUF, LAYOUTS, Placed, Slot
-from lora_diag.adapters.updates import Site, as_float64, read
+from lora_diag.adapters.layouts import GGUF, LAYOUTS, Placed, TensorSlot
+from lora_diag.adapters.updates import UpdateSite, as_float64, read
 from lora_diag.adapters.writing import pad_factor, store_factors, write_config
 from lora_diag.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from lora_diag.checkpoints.gguf import write_gguf
@@ -60,7 +60,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _UnpaddedFactors:
     """The factors of one weight to be written, before padding to the common rank.
 
     Args:
@@ -257,7 +257,9 @@ def _refuse_unresolved_gguf(adapter: Adapter, base: Checkpoint | None, form: str
         raise damaged(adapter.path, problem, "give BASE")
 
 
-def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtype: str) -> _Part:
+def _make_part(
+    item: Item, delta: Delta | None, scratch: Path, number: int, dtype: str
+) -> _UnpaddedFactors:
     """Return the part of one item to be written; store the factors of a full-rank ΔW in a file of
     ``scratch``.
     """
@@ -278,13 +280,15 @@ def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtyp
     b, a = load()
     torch_dtype = getattr(torch, dtype)
     is_exact = all(torch.equal(as_float64(x.to(torch_dtype)), x) for x in (b, a))
-    return _Part(Placed(item, b.shape[1], (b.shape[0], a.shape[1])), load, epsilon, fro, is_exact)
+    return _UnpaddedFactors(
+        Placed(item, b.shape[1], (b.shape[0], a.shape[1])), load, epsilon, fro, is_exact
+    )
 
 
 def _load_factors(item: Item) -> Factors:
     """Return s·B and A of an item, whose ΔW is their product."""
     assert item.load is not None
-    loaded = item.load(Site(item.shape))
+    loaded = item.load(UpdateSite(item.shape))
     assert isinstance(loaded, tuple)
     return loaded
 
@@ -338,7 +342,11 @@ class _Reader:
     """
 
     def __init__(
-        self, parts: Mapping[str, _Part], plan: Mapping[str, Slot], rank: int, dtype: str
+        self,
+        parts: Mapping[str, _UnpaddedFactors],
+        plan: Mapping[str, TensorSlot],
+        rank: int,
+        dtype: str,
     ) -> None:
         self._parts = parts
         self._plan = plan

@@ -1,9 +1,9 @@
 """The contents of an adapter, before they are matched with BASE: updates of weights, and weights
 stored in full.
 
-An ``Update`` has the adapter's name of the weight and the orientation ``(out, in)`` of a linear
-layer. The location of the weight in BASE, and whether it is stored as ``(in, out)``, are determined
-in ``placing``, which then passes a ``Site`` to the loader.
+A ``WeightUpdate`` has the adapter's name of the weight and the orientation ``(out, in)`` of a
+linear layer. The location of the weight in BASE, and whether it is stored as ``(in, out)``, are
+determined in ``placing``, which then passes an ``UpdateSite`` to the loader.
 
 ``modules_to_save``, ``bias="all"`` and resized embeddings are stored as new values under the
 weight's plain name. They are identified by the file, not by the config: PEFT matches
@@ -46,7 +46,7 @@ Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class UpdateSite:
     """The weight of an update.
 
     Args:
@@ -81,16 +81,16 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
+class WeightUpdate:
     """The change of one weight.
 
     Args:
         weight: The adapter's name for the weight, such as
             ``model.layers.0.self_attn.q_proj.weight``.
         shape: ``(out, in)``, or ``(n,)``; of stacked experts, that of one of them.
-        load: Takes a ``Site``; returns ``(B, A)`` if ``factored``, else ΔW, in the site's shape and
-            float64. A ``functools.partial`` of a module's function, so that it can be sent to
-            another process; it raises ``InputError`` if a file cannot be read.
+        load: Takes an ``UpdateSite``; returns ``(B, A)`` if ``factored``, else ΔW, in the site's
+            shape and float64. A ``functools.partial`` of a module's function, so that it can be
+            sent to another process; it raises ``InputError`` if a file cannot be read.
         factored: Whether ``load`` gives factors.
         dtype: Stored dtype of its tensors.
         needs_weight: Name of the kind of update if it needs W, such as ``DoRA``; else empty.
@@ -116,7 +116,7 @@ class Update:
 
     weight: str
     shape: Shape
-    load: Callable[[Site], Factors | torch.Tensor]
+    load: Callable[[UpdateSite], Factors | torch.Tensor]
     factored: bool
     dtype: str
     needs_weight: str = ""
@@ -130,7 +130,7 @@ class Update:
     diagonal: bool = False
     optional: bool = False
     alpha: str = ""
-    plain: Callable[[Site], Factors | torch.Tensor] | None = None
+    plain: Callable[[UpdateSite], Factors | torch.Tensor] | None = None
     heads: str = ""
     thin: ThinFactors | None = None
 
@@ -162,7 +162,7 @@ class NewValue:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class AdapterReading:
     """The contents of an adapter as read by a family.
 
     Args:
@@ -175,7 +175,7 @@ class Reading:
     """
 
     kind: str
-    updates: tuple[Update, ...]
+    updates: tuple[WeightUpdate, ...]
     values: tuple[NewValue, ...] = ()
     notes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
@@ -197,14 +197,17 @@ class Family:
 
     name: str
     claims: Callable[[AdapterFiles], bool]
-    read: Callable[[AdapterFiles], Reading]
+    read: Callable[[AdapterFiles], AdapterReading]
     form: str = "peft"
     marks: tuple[str, ...] = ()
     starts: tuple[str, ...] = ()
 
     @staticmethod
     def of_peft(
-        name: str, peft_type: str, read: Callable[[AdapterFiles], Reading], marks: tuple[str, ...]
+        name: str,
+        peft_type: str,
+        read: Callable[[AdapterFiles], AdapterReading],
+        marks: tuple[str, ...],
     ) -> Family:
         """Return the family of a type of PEFT, which the config names."""
         return Family(
@@ -225,7 +228,7 @@ def read(checkpoint: Checkpoint, key: str) -> torch.Tensor:
 
 
 def load_product(
-    checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, turned: bool, site: Site
+    checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, turned: bool, site: UpdateSite
 ) -> Factors:
     """Return s·B ``(out, r)`` and A ``(r, in)``, both stored transposed if ``turned``."""
     b, a = read(checkpoint, b_key), read(checkpoint, a_key)
@@ -241,7 +244,7 @@ def flatten_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def format_ranks(updates: Iterable[Update]) -> str:
+def format_ranks(updates: Iterable[WeightUpdate]) -> str:
     """Return the range of the ranks of updates as text."""
     ranks = sorted({update.rank or 0 for update in updates})
     return "-".join(map(str, ranks[:: max(1, len(ranks) - 1)]))
@@ -250,12 +253,12 @@ def format_ranks(updates: Iterable[Update]) -> str:
 def read_modules(
     source: AdapterFiles,
     parts: tuple[str, ...],
-    read_module: Callable[[AdapterFiles, str, dict[str, str]], list[Update]],
+    read_module: Callable[[AdapterFiles, str, dict[str, str]], list[WeightUpdate]],
     kind: str,
     scaling: str = "",
     ignored: tuple[str, ...] = (),
     unit: str = "modules",
-) -> Reading:
+) -> AdapterReading:
     """Return the contents of an adapter of PEFT whose modules are read one by one.
 
     Args:
@@ -277,11 +280,13 @@ def read_modules(
     updates = [
         update for module, found in modules.items() for update in read_module(source, module, found)
     ]
-    reading = Reading(f"{kind}, {len(modules)} {unit}", tuple(updates), scaling=scaling)
+    reading = AdapterReading(f"{kind}, {len(modules)} {unit}", tuple(updates), scaling=scaling)
     return add_stored_values(reading, source, unclaimed)
 
 
-def add_stored_values(reading: Reading, source: AdapterFiles, names: Iterable[str]) -> Reading:
+def add_stored_values(
+    reading: AdapterReading, source: AdapterFiles, names: Iterable[str]
+) -> AdapterReading:
     """Return a reading with the tensors that its family did not claim: weights in full, updated
     rows, unused ones.
 
@@ -309,7 +314,7 @@ def add_stored_values(reading: Reading, source: AdapterFiles, names: Iterable[st
     return replace(reading, updates=tuple(updates), values=tuple(values), ignored=tuple(ignored))
 
 
-def make_rows_update(source: AdapterFiles, module: str, key: str, indices: Any) -> Update:
+def make_rows_update(source: AdapterFiles, module: str, key: str, indices: Any) -> WeightUpdate:
     """Return the update that replaces rows of a table.
 
     Despite its name, ``trainable_tokens_delta`` ``(n, dim)`` holds the new values: ΔW[i] = value −
@@ -335,7 +340,7 @@ def make_rows_update(source: AdapterFiles, module: str, key: str, indices: Any) 
         )
         raise damaged(source.checkpoint.path, f"{problem} for it", "save the adapter again")
     load = partial(load_row_factors, source.checkpoint, key, rows)
-    return Update(
+    return WeightUpdate(
         f"{module}.weight",
         (None, shape[1]),
         load,
@@ -359,7 +364,9 @@ def _read_row_indices(config: Config, module: str, indices: Any) -> list[int]:
     return indices
 
 
-def load_row_factors(checkpoint: Checkpoint, key: str, rows: list[int], site: Site) -> Factors:
+def load_row_factors(
+    checkpoint: Checkpoint, key: str, rows: list[int], site: UpdateSite
+) -> Factors:
     """Return S ``(vocab, n)``, which picks the rows, and value − W[rows] ``(n, dim)``.
 
     Raises:

@@ -32,7 +32,7 @@ from lora_diag.adapters.experts import REGISTERED
 from lora_diag.adapters.patterns import find_targets, get_rank, read_pattern
 from lora_diag.adapters.source import CONFIG, PREFIX, Config, is_named
 from lora_diag.adapters.updates import as_float64
-from lora_diag.adapters.writing_targets import Model, Target
+from lora_diag.adapters.writing_targets import MemoryModel, PeftTarget
 from lora_diag.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from lora_diag.checkpoints.safetensors import write_safetensors
 from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, Side, StoredDelta
@@ -60,7 +60,7 @@ LORA_CONFIG = {
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
-def read_config_ranks(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
+def read_config_ranks(path: Path, targets: Mapping[str, PeftTarget]) -> dict[str, int]:
     """Return the rank of every layer that ``target_modules`` or ``target_parameters`` of a PEFT
     config match.
 
@@ -94,7 +94,7 @@ def read_config_ranks(path: Path, targets: Mapping[str, Target]) -> dict[str, in
     return ranks
 
 
-def can_be_saved(name: str, base: Checkpoint, model: Model) -> bool:
+def can_be_saved(name: str, base: Checkpoint, model: MemoryModel) -> bool:
     """Return whether PEFT can store a tensor of BASE in full.
 
     Args:
@@ -117,7 +117,7 @@ def list_full_values(
     names: Collection[str],
     deltas: Mapping[str, Delta],
     base: Checkpoint,
-    model: Model,
+    model: MemoryModel,
     adapted: Collection[str],
 ) -> list[Value]:
     """Return the tensors of the adapter file that store some tensors of BASE in full.
@@ -176,7 +176,7 @@ def _compute_changed_value(
     return (as_float64(base.read(name)).view(shape) + as_float64(change).reshape(shape)).float()
 
 
-def check_written(folder: Path, base: Checkpoint, parts: Sequence[Part]) -> None:
+def check_written(folder: Path, base: Checkpoint, parts: Sequence[LayerFactors]) -> None:
     """Compare an adapter folder with its factors.
 
     For a stack of experts, only the first and the last are compared, since each reads the whole
@@ -251,7 +251,7 @@ def _select_used(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class LayerFactors:
     """The factors of one layer of BASE.
 
     Args:
@@ -261,7 +261,7 @@ class Part:
             orientation.
     """
 
-    target: Target
+    target: PeftTarget
     rank: int
     file: Path
 
@@ -310,7 +310,7 @@ class Described:
 
 def write_adapter(
     folder: Path,
-    parts: Sequence[Part],
+    parts: Sequence[LayerFactors],
     values: Sequence[Value],
     described: Described,
     portable: bool = False,
@@ -327,7 +327,7 @@ def write_adapter(
             names: every program then uses the same scale. Not for parameters.
         metadata: Metadata of the weights file, besides its format.
     """
-    groups: dict[str, list[Part]] = {}
+    groups: dict[str, list[LayerFactors]] = {}
     for part in parts:
         groups.setdefault(part.target.module, []).append(part)
     prefixes = _make_prefixes([group[0].target for group in groups.values()])
@@ -373,7 +373,7 @@ def store_factors(
     return stored.read("B").view(b.shape), stored.read("A").view(a.shape)
 
 
-def compute_module_rank(group: Sequence[Part]) -> int:
+def compute_module_rank(group: Sequence[LayerFactors]) -> int:
     """Return the rank of a module in PEFT: for stacked experts the largest, for halves
     their sum.
     """
@@ -383,7 +383,7 @@ def compute_module_rank(group: Sequence[Part]) -> int:
     return max(ranks.values())
 
 
-def _make_prefixes(targets: Sequence[Target]) -> dict[str, str]:
+def _make_prefixes(targets: Sequence[PeftTarget]) -> dict[str, str]:
     """Return the prefixes of the keys of every module; parameters of one owner are nested, the last
     one outermost.
     """
@@ -411,7 +411,7 @@ KeyReader = tuple[str, tuple[int, ...], Callable[[], "torch.Tensor"]]
 
 
 def _list_tensors(
-    prefix: str, group: Sequence[Part], common_rank: int | None = None
+    prefix: str, group: Sequence[LayerFactors], common_rank: int | None = None
 ) -> list[KeyReader]:
     """Return name, shape and reader of a module's factors, at its rank or, except a parameter,
     padded to another.
@@ -442,7 +442,7 @@ def pad_factor(factor: torch.Tensor, name: str, rank: int) -> torch.Tensor:
     )
 
 
-def _stack_a(group: Sequence[Part], rank: int) -> torch.Tensor:
+def _stack_a(group: Sequence[LayerFactors], rank: int) -> torch.Tensor:
     """Return A ``(E·r, in)``: row e·r + k is row k of expert e's A.
 
     Experts of lower rank are padded with zero rows.
@@ -454,7 +454,7 @@ def _stack_a(group: Sequence[Part], rank: int) -> torch.Tensor:
     return whole.reshape(-1, whole.shape[2])
 
 
-def _stack_b(group: Sequence[Part], rank: int) -> torch.Tensor:
+def _stack_b(group: Sequence[LayerFactors], rank: int) -> torch.Tensor:
     """Return B ``(out, r·E)``: column k·E + e is column k of expert e's B; block-diagonal for
     halves.
     """
@@ -467,7 +467,7 @@ def _stack_b(group: Sequence[Part], rank: int) -> torch.Tensor:
     return whole.reshape(len(whole), -1)
 
 
-def _enumerate_columns(group: Sequence[Part]) -> Iterable[tuple[Part, int]]:
+def _enumerate_columns(group: Sequence[LayerFactors]) -> Iterable[tuple[LayerFactors, int]]:
     """Yield every part with its first column among those of its expert: columns of halves follow
     each other.
     """
@@ -478,7 +478,10 @@ def _enumerate_columns(group: Sequence[Part]) -> Iterable[tuple[Part, int]]:
 
 
 def make_config(
-    ranks: Mapping[str, int], parts: Sequence[Part], values: Sequence[Value], described: Described
+    ranks: Mapping[str, int],
+    parts: Sequence[LayerFactors],
+    values: Sequence[Value],
+    described: Described,
 ) -> dict[str, Any]:
     """Return the content of ``adapter_config.json``, given the rank of every module."""
     kinds = {part.target.module: part.target.kind for part in parts}

@@ -111,7 +111,7 @@ def _invert(*dialects: names.Dialect) -> tuple[Rename, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class PeftTarget:
     """PEFT's view of one layer of BASE.
 
     Args:
@@ -153,7 +153,7 @@ def names_in_memory(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
     return {locations[0].name: name for name, locations in matched.items() if len(locations) == 1}
 
 
-class Model:
+class MemoryModel:
     """The model in memory, derived from BASE.
 
     Args:
@@ -216,7 +216,7 @@ class Model:
             return False
         return bool(stored[2 if leaf == "gate_up_proj" else 1] != width)
 
-    def find_target(self, delta: Delta) -> Target | str:
+    def find_target(self, delta: Delta) -> PeftTarget | str:
         """Return the target of a matrix's factors, or the reason why the matrix has none."""
         name = delta.base.name if delta.base is not None else delta.layer
         if HEAD.search(delta.layer) and name != delta.layer:
@@ -237,7 +237,7 @@ class Model:
                 int(delta.layer.rpartition("[")[2].rstrip("]")) if delta.layer.endswith("]") else 0
             )
             in_out = (self.type in TRANSPOSED_MODELS) != self._is_transposed(leaf, stored)
-            return Target(
+            return PeftTarget(
                 delta.layer, delta.shape, parameter, "parameter", in_out, expert=(index, stored[0])
             )
         if (
@@ -247,7 +247,7 @@ class Model:
         ):
             half = self._find_fused(match["leaf"])[1], HALVES[leaf]
             expert = int(match["index"]), self._experts[match["owner"]]
-            return Target(
+            return PeftTarget(
                 delta.layer, delta.shape, parameter, "parameter", expert=expert, half=half
             )
         if not parameter.endswith(".weight"):
@@ -258,23 +258,23 @@ class Model:
         if (router and router["owner"] in self._mixtures) or (
             self.type in FUSED_MODELS and leaf in EXPERT_LIKE_NAMES
         ):
-            return Target(delta.layer, delta.shape, parameter, "parameter")
+            return PeftTarget(delta.layer, delta.shape, parameter, "parameter")
         if TABLE.search(name) and not HEAD.search(parameter):
-            return Target(delta.layer, delta.shape, module, "embedding", transposed=True)
+            return PeftTarget(delta.layer, delta.shape, module, "embedding", transposed=True)
         if self._orientation.in_out(name, (None, None), stored):
-            return Target(delta.layer, delta.shape, module, "conv1d", transposed=True)
-        return Target(delta.layer, delta.shape, module, "linear")
+            return PeftTarget(delta.layer, delta.shape, module, "conv1d", transposed=True)
+        return PeftTarget(delta.layer, delta.shape, module, "linear")
 
 
 def _make_convolution(
     delta: Delta, module: str, stored: tuple[int, ...], name: str
-) -> Target | str:
+) -> PeftTarget | str:
     """Return the target of a convolution's factors, or the reason why it has none."""
     if len(stored) == 3 and not CONVOLUTION.search(name):
         return "a bare parameter of three dimensions, not the weight of a layer"
     if stored[1] == 1 and stored[0] > 1:
         return "a convolution in groups, into which PEFT cannot merge"
-    return Target(delta.layer, delta.shape, module, "convolution", kernel=stored[1:])
+    return PeftTarget(delta.layer, delta.shape, module, "convolution", kernel=stored[1:])
 
 
 def _count_experts(base: Checkpoint) -> dict[str, int]:

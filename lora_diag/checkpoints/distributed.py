@@ -33,7 +33,7 @@ from typing import Any
 
 from lora_diag.checkpoints.documents import is_plain_name, loads
 from lora_diag.checkpoints.file_bytes import FileBytes, StoredTensor
-from lora_diag.checkpoints.inert import Record, attribute, describe, load
+from lora_diag.checkpoints.inert import PickledObject, attribute, describe, load
 from lora_diag.checkpoints.parts import (
     MAX_DIMENSIONS,
     WRAPPERS,
@@ -90,7 +90,7 @@ class DistributedFolder(PartsFolder):
             key: entry
             for key, entry in state["state_dict_metadata"].items()
             if isinstance(key, str)
-            and isinstance(entry, Record)
+            and isinstance(entry, PickledObject)
             and entry.name == "TensorStorageMetadata"
         }
         name_by_key, prefix = _choose_weights(index, entries, state.get("planner_data"))
@@ -235,20 +235,22 @@ def _read_index(index: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise InputError(f"{index}: cannot be read: {error.strerror}") from error
     loaded = load(content, index, "the index")
-    state = loaded.state if isinstance(loaded, Record) and isinstance(loaded.state, dict) else {}
+    state = (
+        loaded.state if isinstance(loaded, PickledObject) and isinstance(loaded.state, dict) else {}
+    )
     if not all(isinstance(state.get(key), dict) for key in ("state_dict_metadata", "storage_data")):
         raise damaged(index, "is not the index of a torch.distributed checkpoint")
     return state
 
 
 def _read_description(
-    index: Path, key: str, name: str, entry: Record
+    index: Path, key: str, name: str, entry: PickledObject
 ) -> tuple[TensorInfo, list[Extent]]:
     """Return the entry of a tensor in the index: its description, and the offsets and sizes of its
     boxes.
     """
     stored_dtype = attribute(entry.get("properties"), "dtype", 0)
-    dtype = stored_dtype.name if isinstance(stored_dtype, Record) else ""
+    dtype = stored_dtype.name if isinstance(stored_dtype, PickledObject) else ""
     if dtype not in WIDTH:
         raise damaged(
             index, f"{key:.200} has the unsupported dtype {dtype!r}", "save it in another"
@@ -266,12 +268,14 @@ def _read_description(
     ]
 
 
-def _read_locations(storage_data: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], Record]:
+def _read_locations(
+    storage_data: Mapping[Any, Any],
+) -> dict[tuple[str, tuple[int, ...]], PickledObject]:
     """Return the locations of the boxes, by the key of their tensor and their offsets."""
     locations = {}
     for key, location in storage_data.items():
         name, offset = attribute(key, "fqn"), attribute(key, "offset")
-        if isinstance(location, Record) and isinstance(name, str):
+        if isinstance(location, PickledObject) and isinstance(name, str):
             locations[name, tuple(offset) if are_sizes(offset) else ()] = location
     return locations
 
@@ -281,7 +285,7 @@ def _make_box(
     key: str,
     info: TensorInfo,
     extent: Extent,
-    location: Record | None,
+    location: PickledObject | None,
     files: dict[str, FileBytes],
 ) -> Box:
     """Return one box of a tensor, after checking that its bytes are there; add its file to
@@ -332,7 +336,7 @@ def _make_box(
 
 
 def _choose_weights(
-    index: Path, tensors: Mapping[str, Record], planner_data: Any
+    index: Path, tensors: Mapping[str, PickledObject], planner_data: Any
 ) -> tuple[dict[str, str], str]:
     """Choose the weights among the tensors.
 

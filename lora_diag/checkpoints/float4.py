@@ -44,7 +44,7 @@ SCALE_DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Float4Layout:
     """Layout of a weight of 4-bit floats.
 
     Args:
@@ -68,14 +68,14 @@ class Layout:
     factor: str = ""
 
 
-def decode_rows(layout: Layout, is_steps: bool, first: int, last: int) -> torch.Tensor:
+def decode_rows(layout: Float4Layout, is_steps: bool, first: int, last: int) -> torch.Tensor:
     """Return the rows ``first:last`` of a weight, or steps whose half bounds the error; matrices
     follow each other.
     """
     return _decode(layout, is_steps, first, last, 0, layout.columns)
 
 
-def decode_transposed(layout: Layout, is_steps: bool, first: int, last: int) -> torch.Tensor:
+def decode_transposed(layout: Float4Layout, is_steps: bool, first: int, last: int) -> torch.Tensor:
     """Return values or steps of the inputs ``first:last``, counted over all experts,
     ``(last − first, out)``.
     """
@@ -94,7 +94,7 @@ def decode_transposed(layout: Layout, is_steps: bool, first: int, last: int) -> 
 
 
 def _decode(
-    layout: Layout, is_steps: bool, first: int, last: int, low: int, high: int
+    layout: Float4Layout, is_steps: bool, first: int, last: int, low: int, high: int
 ) -> torch.Tensor:
     """Return values or steps of the rows ``first:last`` and columns ``low:high``, float32.
 
@@ -165,7 +165,7 @@ def _describe_weight(
     for name in numbers:
         if source[name].numel != 1 or source[name].dtype not in FLOAT_DTYPES:
             raise damaged_tensor(source, name, "is not a single float")
-    layout = Layout(source, kind, codes, scale, shape[-2], columns, divisor, factor)
+    layout = Float4Layout(source, kind, codes, scale, shape[-2], columns, divisor, factor)
     info = TensorInfo(weight, (*shape[:-1], columns), "float32", stored=kind)
     parts = (scale, *numbers, *packing.list_activations(source, module))
     return RowWeight(
@@ -185,7 +185,9 @@ def _describe_experts(source: Checkpoint, blocks: str) -> RowWeight:
         expected = "not the uint8 [experts, out, in / 32, 16] of MXFP4"
         raise damaged_tensor(source, blocks, f"is {source[blocks].dtype} {list(shape)}, {expected}")
     check_part(source, f"{name}{SCALES}", shape[:-1], frozenset({"uint8"}), name)
-    layout = Layout(source, "mxfp4", blocks, f"{name}{SCALES}", shape[1], shape[2] * GROUP["mxfp4"])
+    layout = Float4Layout(
+        source, "mxfp4", blocks, f"{name}{SCALES}", shape[1], shape[2] * GROUP["mxfp4"]
+    )
     info = TensorInfo(name, (shape[0], layout.columns, layout.out), "float32", stored="mxfp4")
     decode = partial(decode_transposed, layout)
     return RowWeight(info, blocks, (layout.scale,), partial(decode, False), partial(decode, True))

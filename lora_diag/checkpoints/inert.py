@@ -2,9 +2,9 @@
 
 A pickle is a program that builds objects. Here it builds plain data: numbers, text, tuples, lists
 and dictionaries are built as such, and every class, function and object, but those of ``PLAIN``,
-becomes a ``Record`` of its name, its arguments and its state. So a pickle of any class, of any
-version of a library, is read without that library, and one that was made to run code does not run
-it.
+becomes a ``PickledObject`` of its name, its arguments and its state. So a pickle of any class, of
+any version of a library, is read without that library, and one that was made to run code does not
+run it.
 
 Memory and time are proportional to the pickle: containers share what the memo repeats, and what is
 copied or hashed again is counted. A nested list of 700 bytes can have 10⁹ leaves, so no value is
@@ -86,7 +86,7 @@ PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Record:
+class PickledObject:
     """A class, a function or an object of a pickle, as data.
 
     Args:
@@ -122,7 +122,7 @@ def attribute(value: Any, key: str, position: int | None = None) -> Any:
         position: Its position in the arguments of the class, or in a state that is a tuple; None if
             it has none.
     """
-    if not isinstance(value, Record):
+    if not isinstance(value, PickledObject):
         return None
     if (found := value.get(key)) is not None or position is None:
         return found
@@ -155,7 +155,7 @@ def load(content: bytes | BinaryIO, path: Path, description: str) -> Any:
     Returns:
         The data: None, booleans, numbers, text, bytes, bytearrays, tuples (also for frozensets, and
             for
-        sets that a call builds), lists (also for other sets), dictionaries, ``Record`` and
+        sets that a call builds), lists (also for other sets), dictionaries, ``PickledObject`` and
             ``Persistent``.
 
     Raises:
@@ -192,9 +192,9 @@ class _Interpreter(pickle._Unpickler):
         # A file allocates as many bytes as are requested, and a pickle may claim any number.
         self._file_read = lambda count: file.read(min(count, end - file.tell()))
 
-    def find_class(self, module: str, name: str) -> Record:
+    def find_class(self, module: str, name: str) -> PickledObject:
         """Return a class or function as data."""
-        return Record(module, name)
+        return PickledObject(module, name)
 
     def persistent_load(self, pid: Any) -> Persistent:
         """Return a reference as data."""
@@ -207,11 +207,11 @@ class _Interpreter(pickle._Unpickler):
         """Push what stands for a call or a new object: a value if its class is in ``PLAIN``, else a
         record.
         """
-        if not isinstance(target, Record) or not isinstance(args, tuple):
+        if not isinstance(target, PickledObject) or not isinstance(args, tuple):
             raise ValueError(f"it calls a {type(target).__name__} with a {type(args).__name__}")
         self._spend(len(args) + sum(len(value) for value in args if isinstance(value, _SIZED)))
         plain = PLAIN.get((target.module, target.name)) if target.args is None else None
-        self.append(plain(*args) if plain else Record(target.module, target.name, args))
+        self.append(plain(*args) if plain else PickledObject(target.module, target.name, args))
 
     def _spend(self, entries: int) -> None:
         """Count entries that a call may copy or a dictionary hashes; refuse more than the bytes
@@ -228,7 +228,7 @@ class _Interpreter(pickle._Unpickler):
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(values)
-        elif isinstance(target, Record):
+        elif isinstance(target, PickledObject):
             target.items.extend(values)
         elif not isinstance(
             target, tuple
@@ -244,7 +244,7 @@ class _Interpreter(pickle._Unpickler):
         ]
         if isinstance(target, dict):
             target.update(pairs)
-        elif isinstance(target, Record):
+        elif isinstance(target, PickledObject):
             target.items.extend(pairs)
         else:
             raise ValueError(f"it adds entries to a {type(target).__name__}")
@@ -270,7 +270,7 @@ class _Interpreter(pickle._Unpickler):
     def _build(self) -> None:
         """Remove the topmost value, and make it the state of the one below if that is a record."""
         state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, Record):
+        if isinstance(target, PickledObject):
             target.state = state
 
     def _read_bytearray(self) -> None:

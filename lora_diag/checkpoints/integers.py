@@ -74,7 +74,7 @@ MANTISSA = {"bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class IntegerLayout:
     """Layout of a weight of packed integers.
 
     Args:
@@ -127,7 +127,7 @@ class Layout:
         return indices
 
 
-def compressed_values(layout: Layout, first: int, last: int) -> torch.Tensor:
+def compressed_values(layout: IntegerLayout, first: int, last: int) -> torch.Tensor:
     """Return the rows ``first:last`` of a weight of compressed-tensors, float32."""
     codes, group = layout.read_codes("weight_packed", first, last), layout.read_groups()
     codes -= (
@@ -138,12 +138,12 @@ def compressed_values(layout: Layout, first: int, last: int) -> torch.Tensor:
     return codes.float() * layout.read("weight_scale", first, last).float()[:, group]
 
 
-def compressed_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
+def compressed_steps(layout: IntegerLayout, first: int, last: int) -> torch.Tensor:
     """Return the distance between neighbouring values in the rows ``first:last`` of a weight."""
     return layout.read("weight_scale", first, last).float().abs()[:, layout.read_groups()]
 
 
-def _read_compressed_zeros(layout: Layout, first: int, last: int) -> torch.Tensor:
+def _read_compressed_zeros(layout: IntegerLayout, first: int, last: int) -> torch.Tensor:
     """Return the zero points of rows, ``(rows, groups)``, with 2^(bits − 1) added like the codes.
 
     They are packed along the rows, so ``first`` may be in the middle of a word. Words are read from
@@ -157,7 +157,7 @@ def _read_compressed_zeros(layout: Layout, first: int, last: int) -> torch.Tenso
     return unpack(words, bits, last - begin)[:, first - begin :].T
 
 
-def gptq_values(layout: Layout, first: int, last: int) -> torch.Tensor:
+def gptq_values(layout: IntegerLayout, first: int, last: int) -> torch.Tensor:
     """Return the rows ``first:last`` (outputs) of a weight of GPTQ or AWQ, float32."""
     import torch
 
@@ -176,14 +176,14 @@ def gptq_values(layout: Layout, first: int, last: int) -> torch.Tensor:
     return scales.mul_(codes.sub_(zeros[group])).T
 
 
-def gptq_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
+def gptq_steps(layout: IntegerLayout, first: int, last: int) -> torch.Tensor:
     """Return the distance between neighbouring values in the rows ``first:last`` of a weight of
     GPTQ or AWQ.
     """
     return _read_gptq_scales(layout, first, last).abs()[layout.read_groups()].T
 
 
-def _read_gptq_scales(layout: Layout, first: int, last: int) -> torch.Tensor:
+def _read_gptq_scales(layout: IntegerLayout, first: int, last: int) -> torch.Tensor:
     """Return the scales of the outputs ``first:last``, ``(groups, outputs)``, float32."""
     return read_columns(
         layout.source, f"{layout.module}.scales", (0, layout.groups), (first, last)
@@ -191,7 +191,7 @@ def _read_gptq_scales(layout: Layout, first: int, last: int) -> torch.Tensor:
 
 
 def _unpack_along_outputs(
-    layout: Layout, part: str, rows: int, first: int, last: int
+    layout: IntegerLayout, part: str, rows: int, first: int, last: int
 ) -> torch.Tensor:
     """Return the codes of the outputs ``first:last`` of a tensor that is packed along them,
     ``(rows, outputs)``.
@@ -205,13 +205,13 @@ def _unpack_along_outputs(
     return codes[:, first - low * per_word : last - low * per_word]
 
 
-def mlx_values(layout: Layout, first: int, last: int) -> torch.Tensor:
+def mlx_values(layout: IntegerLayout, first: int, last: int) -> torch.Tensor:
     """Return the rows ``first:last`` of a weight of MLX, float32."""
     scales, biases = (_spread(layout, part, first, last) for part in ("scales", "biases"))
     return layout.read_codes("weight", first, last).float() * scales + biases
 
 
-def mlx_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
+def mlx_steps(layout: IntegerLayout, first: int, last: int) -> torch.Tensor:
     """Return steps whose half bounds the error in the rows ``first:last`` of a weight of MLX.
 
     That is |s|, twice as much at the ends: MLX moves the scale so that the number of largest
@@ -226,7 +226,7 @@ def mlx_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
     return scales * (1 + ends.float()) + (scales * codes + biases) * spacing
 
 
-def _spread(layout: Layout, part: str, first: int, last: int) -> torch.Tensor:
+def _spread(layout: IntegerLayout, part: str, first: int, last: int) -> torch.Tensor:
     """Return the scales or offsets of rows, repeated for every column."""
     return layout.read(part, first, last).float().repeat_interleave(layout.group, dim=1)
 
@@ -361,7 +361,9 @@ def _describe_compressed(source: Checkpoint, module: str, config: Mapping[str, A
         )
     if zero in source:
         check_part(source, zero, (-(-out * bits // 32), groups), WORDS, weight)
-    layout = Layout(source, module, columns, bits, columns // groups, groups, order, zero in source)
+    layout = IntegerLayout(
+        source, module, columns, bits, columns // groups, groups, order, zero in source
+    )
     optional = (part for part in (zero, order) if part in source)
     parts = (scale, shape, *optional, *packing.list_activations(source, module))
     info = TensorInfo(weight, (out, columns), "float32", stored=f"packed-int{bits}")
@@ -434,7 +436,9 @@ def _describe_gptq(source: Checkpoint, module: str, config: Mapping[str, Any]) -
         )
     added = _find_zero_point_offset(source, is_awq, config)
     parts = (scales, zeros, order) if order else (scales, zeros)
-    layout = Layout(source, module, columns, bits, group, groups, order, added=added, is_awq=is_awq)
+    layout = IntegerLayout(
+        source, module, columns, bits, group, groups, order, added=added, is_awq=is_awq
+    )
     info = TensorInfo(
         weight, (out, columns), "float32", stored=f"{'awq' if is_awq else 'gptq'}-int{bits}"
     )
@@ -556,7 +560,7 @@ def _describe_mlx(source: Checkpoint, module: str, config: Mapping[str, Any]) ->
         raise damaged_tensor(source, weight, problem)
     for name in (scales, biases):
         check_part(source, name, (*shape[:-1], columns // group), FLOAT_DTYPES, weight)
-    layout = Layout(source, module, columns, bits, group, columns // group)
+    layout = IntegerLayout(source, module, columns, bits, group, columns // group)
     info = TensorInfo(weight, (*shape[:-1], columns), "float32", stored=f"mlx-int{bits}")
     return RowWeight(
         info, weight, (scales, biases), partial(mlx_values, layout), partial(mlx_steps, layout)

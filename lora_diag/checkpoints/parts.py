@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lora_diag.checkpoints.documents import check_unicode
 from lora_diag.checkpoints.file_bytes import FileBytes, StoredTensor
-from lora_diag.checkpoints.inert import Persistent, Record, describe, load
+from lora_diag.checkpoints.inert import Persistent, PickledObject, describe, load
 from lora_diag.checkpoints.remote import RangeStream
 from lora_diag.checkpoints.tensors import WIDTH, TensorFile, TensorInfo
 from lora_diag.errors import InputError, damaged
@@ -131,7 +131,7 @@ class Archive:
         """
         value = unwrap_parameter(value)
         if (
-            not isinstance(value, Record)
+            not isinstance(value, PickledObject)
             or value.name not in REBUILD_TENSOR
             or not value.args
             or len(value.args) < 4
@@ -149,7 +149,7 @@ class Archive:
         named_dtype = (
             value.args[6] if value.name == "_rebuild_tensor_v3" and len(value.args) > 6 else None
         )
-        if isinstance(named_dtype, Record):
+        if isinstance(named_dtype, PickledObject):
             dtype = named_dtype.name
         if dtype not in WIDTH:
             raise damaged(self.file.path, f"{name} has the unsupported dtype {dtype}")
@@ -173,7 +173,7 @@ class Archive:
             not isinstance(id_, tuple)
             or len(id_) < 3
             or id_[0] != "storage"
-            or not isinstance(id_[1], Record)
+            or not isinstance(id_[1], PickledObject)
         ):
             raise damaged(self.file.path, f"{name} has no storage in the file")
         info = self._entries.get(f"data/{id_[2]}") if isinstance(id_[2], str) else None
@@ -221,7 +221,11 @@ def check_entries(
 def unwrap_parameter(value: Any) -> Any:
     """Return the tensor inside a parameter; any other value unchanged."""
     for _ in range(4):
-        if not isinstance(value, Record) or value.name not in REBUILD_PARAMETER or not value.args:
+        if (
+            not isinstance(value, PickledObject)
+            or value.name not in REBUILD_PARAMETER
+            or not value.args
+        ):
             break
         value = value.args[0]
     return value

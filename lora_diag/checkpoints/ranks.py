@@ -24,7 +24,7 @@ from typing import Any
 
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, check_unicode, read_object
 from lora_diag.checkpoints.file_bytes import FileBytes, StoredTensor
-from lora_diag.checkpoints.inert import Record, attribute
+from lora_diag.checkpoints.inert import PickledObject, attribute
 from lora_diag.checkpoints.parts import (
     WRAPPERS,
     Archive,
@@ -49,7 +49,7 @@ COPY_ALL = "copy the files of all ranks"
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _RankPart:
     """The part of a tensor in the file of one rank.
 
     Args:
@@ -83,7 +83,7 @@ class RanksFolder(PartsFolder):
     config_folder = "huggingface"
 
     def __init__(self, folder: Path) -> None:
-        by_name: dict[str, list[_Part]] = {}
+        by_name: dict[str, list[_RankPart]] = {}
         files = _find_files(folder)
         for rank, path in enumerate(files):
             for name, parts in _read_parts(path, rank).items():
@@ -139,7 +139,7 @@ def _find_files(folder: Path) -> list[Path]:
     return [by_rank[rank] for rank in range(world)]
 
 
-def _read_parts(path: Path, rank: int) -> dict[str, list[_Part]]:
+def _read_parts(path: Path, rank: int) -> dict[str, list[_RankPart]]:
     """Return the parts of tensors in the file of a rank, by the names of the tensors."""
     archive = Archive(FileBytes(path))
     state = archive.value
@@ -148,7 +148,7 @@ def _read_parts(path: Path, rank: int) -> dict[str, list[_Part]]:
     if not isinstance(state, dict):
         raise damaged(path, "holds no named tensors")
     check_unicode((name for name in state if isinstance(name, str)), path)
-    by_name: dict[str, list[_Part]] = {}
+    by_name: dict[str, list[_RankPart]] = {}
     parts_left = archive.pickle_bytes // BYTES_PER_PART
     for name, value in state.items():
         if isinstance(name, str) and (parts := _read_value_parts(archive, name, value, rank)):
@@ -159,27 +159,27 @@ def _read_parts(path: Path, rank: int) -> dict[str, list[_Part]]:
     return by_name
 
 
-def _read_value_parts(archive: Archive, name: str, value: Any, rank: int) -> list[_Part]:
+def _read_value_parts(archive: Archive, name: str, value: Any, rank: int) -> list[_RankPart]:
     """Return the parts of a value of a state dict; none if it is no tensor."""
     value = unwrap_parameter(value)
     # ``_rebuild_from_type_v2(function, type, args, state)``: an object of a subclass of Tensor.
-    if not isinstance(value, Record) or value.name != "_rebuild_from_type_v2":
+    if not isinstance(value, PickledObject) or value.name != "_rebuild_from_type_v2":
         tensor = archive.tensor(value, name)
-        return [] if tensor is None else [_Part(tensor)]
+        return [] if tensor is None else [_RankPart(tensor)]
     _, kind, _, state = value.args if value.args and len(value.args) == 4 else (None,) * 4
-    kind = kind.name if isinstance(kind, Record) else ""
+    kind = kind.name if isinstance(kind, PickledObject) else ""
     if kind == "ShardedTensor" and state is not None:
         return list(_read_sharded(archive, name, state))
-    distributed = Record("", kind, state=state if kind == "DTensor" else None)
+    distributed = PickledObject("", kind, state=state if kind == "DTensor" else None)
     tensor, spec = archive.tensor(distributed.get("_local_tensor"), name), distributed.get("_spec")
-    if tensor is None or not isinstance(spec, Record):
+    if tensor is None or not isinstance(spec, PickledObject):
         raise damaged(archive.file.path, f"{name} is a tensor of an unsupported class")
     return [_make_dtensor_part(archive, name, tensor, spec, rank)]
 
 
 def _make_dtensor_part(
-    archive: Archive, name: str, tensor: StoredTensor, spec: Record, rank: int
-) -> _Part:
+    archive: Archive, name: str, tensor: StoredTensor, spec: PickledObject, rank: int
+) -> _RankPart:
     """Return the part of a DTensor that this rank holds."""
     path = archive.file.path
     shape, placements = attribute(spec.get("tensor_meta"), "shape", 0), spec.get("placements")
@@ -191,12 +191,12 @@ def _make_dtensor_part(
     sharded_dims = tuple(
         _read_sharded_dim(path, name, placement, len(shape)) for placement in placements
     )
-    return _Part(tensor, tuple(shape), sharded_dims, coordinates)
+    return _RankPart(tensor, tuple(shape), sharded_dims, coordinates)
 
 
 def _read_sharded_dim(path: Path, name: str, placement: Any, dimensions: int) -> int | None:
     """Return the tensor dimension that a placement cuts; None if it repeats the tensor."""
-    kind = placement.name if isinstance(placement, Record) else ""
+    kind = placement.name if isinstance(placement, PickledObject) else ""
     if kind == "Replicate":
         return None
     dim = attribute(placement, "dim", 0)
@@ -241,7 +241,7 @@ def _read_coordinates(
     return tuple(coordinates)
 
 
-def _read_sharded(archive: Archive, name: str, state: Any) -> Iterator[_Part]:
+def _read_sharded(archive: Archive, name: str, state: Any) -> Iterator[_RankPart]:
     """Yield the parts of a ShardedTensor: its state is ``(local shards, metadata, …)``."""
     shards, meta = state[:2] if isinstance(state, tuple) and len(state) > 1 else (None, None)
     shape = attribute(meta, "size")
@@ -252,11 +252,11 @@ def _read_sharded(archive: Archive, name: str, state: Any) -> Iterator[_Part]:
         offsets = attribute(attribute(shard, "metadata"), "shard_offsets")
         if tensor is None or not are_sizes(offsets):
             raise damaged(archive.file.path, f"{name} is a ShardedTensor without offsets")
-        yield _Part(tensor, tuple(shape), offsets=tuple(offsets))
+        yield _RankPart(tensor, tuple(shape), offsets=tuple(offsets))
 
 
 def _join_parts(
-    folder: Path, name: str, parts: list[_Part], world: int, distributed: bool
+    folder: Path, name: str, parts: list[_RankPart], world: int, distributed: bool
 ) -> Boxes:
     """Return a tensor put together from its parts; ``distributed`` is whether any tensor states how
     it is cut.
@@ -300,7 +300,7 @@ def _join_parts(
     return Boxes(TensorInfo(name, shape, first.tensor.dtype), boxes, folder)
 
 
-def _place_in_mesh(folder: Path, name: str, parts: list[_Part]) -> list[Box]:
+def _place_in_mesh(folder: Path, name: str, parts: list[_RankPart]) -> list[Box]:
     """Return the boxes of a DTensor; of every repeated dimension of the mesh, one place is used."""
     shape, sharded_dims = parts[0].shape or (), parts[0].sharded_dims or ()
     by_coordinates = {part.coordinates: part for part in parts}

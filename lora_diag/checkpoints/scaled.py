@@ -32,7 +32,7 @@ METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class ScaleGrid:
     """Layout of the scales of a weight.
 
     Args:
@@ -67,7 +67,7 @@ class ScaledWeight:
     source: Checkpoint
     info: TensorInfo
     scale: str
-    grid: Grid
+    grid: ScaleGrid
     parts: tuple[str, ...]
     divisor: float = 1.0
 
@@ -183,7 +183,7 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight
 
 def grid_of(
     source: Checkpoint, name: str, scale: str, configured_block: tuple[int, int] | None = None
-) -> Grid:
+) -> ScaleGrid:
     """Return the layout of the scales of a weight.
 
     Args:
@@ -207,12 +207,12 @@ def grid_of(
         )
     rows, columns = _find_matrix_shape(weight.shape)
     if scales.numel == 1:
-        return Grid(1, 1, (rows, columns), per_matrix=False)
+        return ScaleGrid(1, 1, (rows, columns), per_matrix=False)
     # Missing trailing dimensions have one scale for all entries: (out) is (out, 1).
     shape = scales.shape + (1,) * (len(weight.shape) - len(scales.shape))
     *stack, down, across = shape if len(shape) > 1 else (*shape, 1)
     if stack == list(weight.shape[:-2]) and down in {1, rows} and across == 1:
-        return Grid(down, 1, (rows // down, columns))
+        return ScaleGrid(down, 1, (rows // down, columns))
     block = configured_block or (_infer_block_size(rows, down), _infer_block_size(columns, across))
     if (
         stack != list(weight.shape[:-2])
@@ -227,7 +227,7 @@ def grid_of(
             f"{list(weight.shape)}{expected}"
         )
         raise damaged_tensor(source, scale, problem)
-    return Grid(down, across, block)
+    return ScaleGrid(down, across, block)
 
 
 def _infer_block_size(size: int, count: int) -> int:

@@ -336,13 +336,12 @@ def _format_usage_error(problem: str, context: Any) -> str:
 def _can_resume(arguments: list[str]) -> bool:
     """Return whether the command given by these words has ``--resume``."""
     named = _find_command(arguments)
-    groups = (
-        feature.load(group) if isinstance(group, str) else group
+    return any(
+        "resume" in list_options(group)
         for name, feature, command in catalog.commands()
         if name == named
-        for group in command.options
+        for group in feature.option_groups(command)
     )
-    return any("resume" in list_options(group) for group in groups)
 
 
 def _is_stream_error(error: OSError) -> bool:

@@ -36,13 +36,11 @@ LINES: int | None = 8
 # Flags that select the output (``feature.ROWS``).
 DISPLAY = {
     "json": Option(False, "Print only the records, as JSON lines.", panel=OUTPUT),
-    "quiet": Option(
-        False, "Suppress progress, messages and tables.", flags=("--quiet", "-q"), panel=OUTPUT
-    ),
+    "quiet": Option(False, "Suppress progress, messages and tables.", short="-q", panel=OUTPUT),
     "verbose": Option(
         False,
         "Print every line of the summary, and how much was read.",
-        flags=("--verbose", "-v"),
+        short="-v",
         panel=OUTPUT,
     ),
     "per": PER,
@@ -74,7 +72,7 @@ def make_typer_option(name: str, option: Option) -> Any:
     """Return the typer option for a declaration."""
     choices = option.completions or option.choices
     return typer.Option(
-        *(option.flags or (option.flag(name),)),
+        *option.flags(name),
         metavar=option.metavar or None,
         help=option.help,
         rich_help_panel=option.panel,
@@ -99,7 +97,7 @@ def make_cluster(engine: str, ray_address: str | None, gpus_per_task: float) -> 
 
 
 @dataclass(frozen=True)
-class Shown:
+class OutputChoice:
     """Selection and destination of the output."""
 
     json: bool = False
@@ -165,9 +163,7 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
     """Return the function of a command, with the parameters that Typer reads and the declared help
     as docstring.
     """
-    groups: list[type] = [
-        feature.load(group) if isinstance(group, str) else group for group in command.options
-    ]
+    groups = feature.option_groups(command)
 
     def run(context: typer.Context, **values: Any) -> None:
         if re.match(r"\w{2,}:/", str(values.get("output"))):  # a Path has only one slash
@@ -180,7 +176,7 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
             for each in command.arguments
             if each.many
         }
-        shown = Shown(
+        shown = OutputChoice(
             **{name: DISPLAY[name].checked(name, values.pop(name)) for name in command.shows}
         )
         for group in groups:
@@ -248,7 +244,11 @@ def _list_words(argument: Argument, words: Sequence[str] | None) -> list[str]:
 
 
 def _measure_and_show(
-    feature: Feature, command: Command, shown: Shown, values: dict[str, Any], option_names: set[str]
+    feature: Feature,
+    command: Command,
+    shown: OutputChoice,
+    values: dict[str, Any],
+    option_names: set[str],
 ) -> int:
     """Call the function of a command with its values and callbacks, show the result, and return the
     exit code.
@@ -280,7 +280,7 @@ def _measure_and_show(
         ):
             out.print_json(text)
     if shown.table:
-        per = shown.per if "per" in command.shows else values.get("per")
+        per = shown.per if "per" in command.shows else values.get("granularity")
         values = {**values, "per": "layer" if per == "layer" else "type"}
         hint = (
             None

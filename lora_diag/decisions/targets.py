@@ -82,7 +82,7 @@ STATE = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256, "sgd": 0.0, "sgd_momentum":
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingMemory:
     """Training settings that determine memory.
 
     Args:
@@ -113,7 +113,7 @@ class Training:
     def bytes_per_param(self) -> float:
         """The memory of one trainable parameter in bytes: value, gradient and optimizer state.
 
-        >>> Training().bytes_per_param, Training("sgd", "bfloat16").bytes_per_param
+        >>> TrainingMemory().bytes_per_param, TrainingMemory("sgd", "bfloat16").bytes_per_param
         (16.0, 4.0)
         """
         return 2 * BYTES[self.dtype] + STATE[self.optimizer]

@@ -25,7 +25,7 @@ from lora_diag.rendering.text import byte_count, to_text
 from lora_diag.version import __version__
 
 if TYPE_CHECKING:
-    from lora_diag.cli.options import Shown
+    from lora_diag.cli.options import OutputChoice
 
 # What each extra adds; one that is not listed serves the development of loradiag and is not
 # checked.
@@ -50,7 +50,7 @@ LITTLE_SPACE = 1 << 30
 _TIMEOUT_SECONDS = 3
 
 
-def run_doctor(shown: Shown, inputs: Sequence[str]) -> int:
+def run_doctor(shown: OutputChoice, inputs: Sequence[str]) -> int:
     """Print the findings of all checks; return the exit code: ``UNREADABLE`` if a check failed."""
     findings = run_checks(inputs)
     if shown.json:

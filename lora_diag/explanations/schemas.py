@@ -17,7 +17,7 @@ from lora_diag.explanations.terms import SHARED, find_models
 from lora_diag.records.base import document_fields
 
 if TYPE_CHECKING:
-    from lora_diag.cli.options import Shown
+    from lora_diag.cli.options import OutputChoice
 
 
 def results_schema() -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _document(
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": title}
 
 
-def run_schema(shown: Shown, file_kind: str) -> int:
+def run_schema(shown: OutputChoice, file_kind: str) -> int:
     """Print a JSON Schema.
 
     Raises:

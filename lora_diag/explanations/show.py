@@ -17,10 +17,10 @@ from lora_diag.explanations.terms import Term, all_terms, find_nearest, find_ter
 from lora_diag.rendering.text import safe, to_text
 
 if TYPE_CHECKING:
-    from lora_diag.cli.options import Shown
+    from lora_diag.cli.options import OutputChoice
 
 
-def run_explain(shown: Shown, words: Sequence[str]) -> int:
+def run_explain(shown: OutputChoice, words: Sequence[str]) -> int:
     """Print the meanings of a word, or without one the symptoms.
 
     Raises:

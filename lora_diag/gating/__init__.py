@@ -21,14 +21,14 @@ class GateOptions(TypedDict, total=False):
     ratchet: Annotated[
         bool, Option(False, "If passed, write improvements to --baseline.", panel=OUTPUT)
     ]
-    shipped: Annotated[
+    for_: Annotated[
         Sequence[str | Path],
         Option(
             (),
             "Input that every results file must refer to; repeatable.",
             "PATH",
-            ("--for",),
-            INPUTS,
+            panel=INPUTS,
+            former="shipped",
         ),
     ]
     max_age: Annotated[
@@ -44,7 +44,7 @@ class PluginOptions(TypedDict, total=False):
     ]
 
 
-class CommandOptions(PluginOptions, total=False):
+class GateCommandOptions(PluginOptions, total=False):
     """Options of the command that ``gate()`` has no need of: a policy, inputs to measure, a model
     card, plugins.
     """
@@ -70,7 +70,7 @@ class InitOptions(PluginOptions, total=False):
 
     output: Annotated[
         Path | None,
-        Option(None, "Policy to write; default: print it.", "FILE", ("--output", "-o"), OUTPUT),
+        Option(None, "Policy to write; default: print it.", "FILE", "-o", OUTPUT),
     ]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 
@@ -96,7 +96,7 @@ FEATURE = Feature(
                     optional=True,
                 ),
             ),
-            options=(GateOptions, CommandOptions, VerdictOutputs),
+            options=(GateOptions, GateCommandOptions, VerdictOutputs),
             shows=("json", "quiet", "verbose"),
             call=True,
         ),

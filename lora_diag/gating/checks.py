@@ -469,7 +469,7 @@ def compare_inputs(
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class CurrentWeights:
     """A checkpoint or an adapter as it is now."""
 
     checkpoint: Checkpoint
@@ -477,18 +477,18 @@ class Weights:
     fingerprint: str
 
 
-def _open_weights(path: Path | str) -> Weights:
+def _open_weights(path: Path | str) -> CurrentWeights:
     """Open a checkpoint or an adapter, and take its fingerprint."""
     from lora_diag.adapters import Adapter, locate, open_input
 
     opened = open_input(locate(path), "rank")
     if isinstance(opened, Adapter):
-        return Weights(opened.checkpoint, True, fingerprint_of_adapter(opened.source))
-    return Weights(opened, False, fingerprint(opened))
+        return CurrentWeights(opened.checkpoint, True, fingerprint_of_adapter(opened.source))
+    return CurrentWeights(opened, False, fingerprint(opened))
 
 
 def _compare_source(
-    source: ResultsSource, weights: Mapping[str, Weights], paths: Mapping[str, str]
+    source: ResultsSource, weights: Mapping[str, CurrentWeights], paths: Mapping[str, str]
 ) -> Iterator[InputState]:
     """Yield the state of each checkpoint and adapter of results.
 
@@ -518,7 +518,7 @@ def _compare_source(
             yield _compare_with_path(item)
 
 
-def _is_of_kind(item: RunInput, weights: Weights) -> bool:
+def _is_of_kind(item: RunInput, weights: CurrentWeights) -> bool:
     """Return whether an input of results may be these weights; a reference is an adapter or a
     checkpoint.
     """

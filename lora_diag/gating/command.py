@@ -14,14 +14,14 @@ from lora_diag.gating import GateOptions
 from lora_diag.rendering.html import read_card
 
 if TYPE_CHECKING:
-    from lora_diag.cli.options import Shown
+    from lora_diag.cli.options import OutputChoice
     from lora_diag.records import Results
 
 EXIT_CODES = {"passed": DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}
 
 
 def run_gate(
-    shown: Shown,
+    shown: OutputChoice,
     paths: Sequence[str],
     *,
     policy: str | None,
@@ -106,7 +106,12 @@ def _suggest(has_passed: bool, files: Sequence[str], card: Path | None) -> str |
 
 
 def run_init(
-    shown: Shown, results: Sequence[str], *, plugins: bool, output: Path | None, overwrite: bool
+    shown: OutputChoice,
+    results: Sequence[str],
+    *,
+    plugins: bool,
+    output: Path | None,
+    overwrite: bool,
 ) -> int:
     """Print a policy, or write it and print the outcome of the results it is made from; return the
     exit code.

@@ -258,7 +258,7 @@ class ConditionError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ValueTest:
     """An operator and the values to compare with."""
 
     operator: str
@@ -295,9 +295,9 @@ class Condition:
 
     text: str
     name: str
-    test: Comparison
+    test: ValueTest
     aggregate: str = ""
-    share: Comparison | None = None
+    share: ValueTest | None = None
 
     @property
     def per_layer(self) -> bool:
@@ -411,7 +411,7 @@ def _tokenize(text: str) -> Tokens:
     return tokens
 
 
-def _parse_comparison(tokens: Tokens, text: str) -> tuple[Comparison, Tokens]:
+def _parse_comparison(tokens: Tokens, text: str) -> tuple[ValueTest, Tokens]:
     """Return a comparison and the tokens after it.
 
     Raises:
@@ -424,12 +424,12 @@ def _parse_comparison(tokens: Tokens, text: str) -> tuple[Comparison, Tokens]:
         if not is_list or any(kind in _NO_VALUES for kind, _ in words):
             raise ConditionError(f"'{text}': write the words after 'in' as (ok, coarse)")
         values = tuple(_parse_value(word, text) for word in words)
-        return Comparison("in", values), tokens[end + 1 :]
+        return ValueTest("in", values), tokens[end + 1 :]
     if len(tokens) < 2 or tokens[0][0] != "operator" or tokens[1][0] in _NO_VALUES:
         raise ConditionError(
             f"'{text}': an operator ({', '.join(OPERATORS)}) and a value are missing"
         )
-    return Comparison(tokens[0][1], _parse_value(tokens[1], text)), tokens[2:]
+    return ValueTest(tokens[0][1], _parse_value(tokens[1], text)), tokens[2:]
 
 
 def _parse_value(token: tuple[str, str], text: str) -> Value:
@@ -450,7 +450,7 @@ def _format_value(value: Value) -> str:
     return f"{value:.12g}" if isinstance(value, float) else value
 
 
-def _describe_bad_limit(test: Comparison, name: str, is_share: bool) -> str | None:
+def _describe_bad_limit(test: ValueTest, name: str, is_share: bool) -> str | None:
     """Return why a comparison of a number, or of a fraction, is invalid or has no effect; None if
     it is valid.
     """

@@ -14,11 +14,11 @@ from itertools import chain, groupby
 from lora_diag.errors import NothingComparedError
 from lora_diag.gating.checks import has_updates, judge_inputs, run_checks
 from lora_diag.gating.conditions import LAYER_KINDS, RecordField, Value, find
-from lora_diag.gating.policy import Demand, Policy, Regression, Rule, Waiver
+from lora_diag.gating.policy import Demand, Policy, PolicyRule, Regression, Waiver
 from lora_diag.gating.sources import (
     Baseline,
+    RuleSubject,
     Sources,
-    Subject,
     commands_of,
     energy_of,
     list_inputs,
@@ -40,7 +40,7 @@ class Finding:
         reason: Why there is no judgement; empty if there is one.
     """
 
-    subject: Subject
+    subject: RuleSubject
     value: Value | None
     allowed: str
     ok: bool = False
@@ -152,7 +152,7 @@ def _judge_demand(
     """
 
     def give_up(reason: str) -> list[Verdict]:
-        return [_give_up(demand, Subject(), reason)]
+        return [_give_up(demand, RuleSubject(), reason)]
 
     if isinstance(demand, Regression) and not baseline.sources:
         return give_up("no baseline was given: --baseline FILE")
@@ -182,20 +182,20 @@ def _judge_demand(
     return verdicts
 
 
-def _give_up(demand: Demand, subject: Subject, reason: str) -> Verdict:
+def _give_up(demand: Demand, subject: RuleSubject, reason: str) -> Verdict:
     """Return an inconclusive verdict of a rule or a comparison."""
     finding = Finding(subject, None, demand.allowed, reason=reason)
     return _make_verdict(demand, finding, "inconclusive")
 
 
 def _judge_subject_by(
-    demand: Demand, field: RecordField, subject: Subject, baseline: Baseline
+    demand: Demand, field: RecordField, subject: RuleSubject, baseline: Baseline
 ) -> Finding:
     """Judge one subject by a rule or a comparison; for an aggregate, take its value only."""
     value, reason = value_of(field, subject, demand.floor)
     if value is None:
         return Finding(subject, value, demand.allowed, reason=reason)
-    if isinstance(demand, Rule):
+    if isinstance(demand, PolicyRule):
         ok = demand.require.per_layer and demand.require.test.holds(value)
         return Finding(subject, value, demand.allowed, ok)
     before, reason = baseline.value(field, subject, demand.floor)
@@ -207,14 +207,14 @@ def _judge_subject_by(
 
 def _select_subjects(
     policy: Policy, demand: Demand, field: RecordField, sources: Sources
-) -> list[Subject]:
+) -> list[RuleSubject]:
     """Return the subjects of a rule.
 
     Raises:
         UsageError: Its ``where`` matches no record, or names a field that the records do not have.
     """
     holding = [source for source in sources if source.holds(field.kind)]
-    chosen: list[Subject] = []
+    chosen: list[RuleSubject] = []
     for source in holding:
         subjects = list_subjects(
             field.kind, source, frozenset(policy.coverage.left_out), name_file=len(holding) > 1
@@ -228,8 +228,8 @@ def _select_subjects(
 
 
 def _filter_subjects(
-    policy: Policy, demand: Demand, field: RecordField, subjects: list[Subject]
-) -> list[Subject]:
+    policy: Policy, demand: Demand, field: RecordField, subjects: list[RuleSubject]
+) -> list[RuleSubject]:
     """Return the subjects whose records match ``where``, and missing ones, unless all records of
     their group differ.
 
@@ -245,7 +245,7 @@ def _filter_subjects(
             raise policy.error(demand, f"where: a {field.kind} record has no {name}")
         tests.append((fields[0], value))
 
-    def fits(subject: Subject) -> bool:
+    def fits(subject: RuleSubject) -> bool:
         record = subject.record
         return record is not None and all(required.of(record) == value for required, value in tests)
 
@@ -269,12 +269,12 @@ def _judge_each(
         verdicts.append(waivers.apply(_make_verdict(demand, finding, status)))
     is_waived = any(verdict.status == "waived" for verdict in verdicts)
     if all(finding.reason for finding in findings) and not is_waived:
-        verdicts.append(_give_up(demand, Subject(), reason))
+        verdicts.append(_give_up(demand, RuleSubject(), reason))
     return verdicts
 
 
 def _judge_aggregate(
-    policy: Policy, rule: Rule, group: str, findings: list[Finding], waivers: Waivers
+    policy: Policy, rule: PolicyRule, group: str, findings: list[Finding], waivers: Waivers
 ) -> Verdict:
     """Return the verdict on the aggregate of a group; waived if the layers without a waiver pass,
     or all have one.
@@ -298,10 +298,10 @@ def _judge_aggregate(
     return applied[0].waive(verdict)
 
 
-def _judge_number(policy: Policy, rule: Rule, group: str, findings: list[Finding]) -> Verdict:
+def _judge_number(policy: Policy, rule: PolicyRule, group: str, findings: list[Finding]) -> Verdict:
     """Return the verdict on one aggregate of records, without waivers."""
     is_enough, reason = _check_coverage(policy, rule, findings)
-    subject = Subject(group=group)
+    subject = RuleSubject(group=group)
     if not is_enough:
         moved = [finding for finding in findings if finding.subject.fro != 0]
         reasons = [finding.reason for finding in moved if finding.reason]

@@ -269,7 +269,7 @@ class Criterion(PolicyTable):
         )
 
 
-class Rule(Criterion):
+class PolicyRule(Criterion):
     """A condition.
 
     Args:
@@ -347,7 +347,7 @@ class Regression(Criterion):
         return ok, f"{self.field} {sign} {limit:.6g} ({before:.6g} in the baseline)"
 
 
-Demand = Rule | Regression
+Demand = PolicyRule | Regression
 
 
 class Waiver(PolicyTable):
@@ -504,7 +504,7 @@ class Policy(PolicyTable):
 
     title: PolicyText = ""
     about: Literal["adapter", "tuned"] | None = None
-    rules: list[Rule] = Field([], alias="rule")
+    rules: list[PolicyRule] = Field([], alias="rule")
     regressions: list[Regression] = Field([], alias="baseline")
     checks: Checks = Checks()
     inputs: Inputs = Inputs()

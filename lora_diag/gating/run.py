@@ -30,8 +30,8 @@ from lora_diag.gating.sources import (
     Baseline,
     InputState,
     ResultsSource,
+    RuleSubject,
     Sources,
-    Subject,
     energy_of,
     list_subjects,
     open_results,
@@ -62,7 +62,7 @@ def gate(
         baseline: Results files of earlier runs to compare with; by default those that the policy
             names.
         ratchet: If the gate passes, write improvements to the baseline, which never gets worse.
-        shipped: Checkpoints and adapters that the results must belong to, at any path.
+        for_: Checkpoints and adapters that the results must belong to, at any path.
         max_age: Maximum age of results, such as ``12h``, ``7d`` or ``2w``; the policy may set a
             lower one.
         today: Date for the expiry of waivers and the age of results; default the current time.
@@ -116,7 +116,7 @@ def gate(
                 "the run did not finish, so it cannot be a baseline",
                 "continue it with $resume",
             )
-    sources, unmatched = compare_inputs(_open_sources(results), options["shipped"])
+    sources, unmatched = compare_inputs(_open_sources(results), options["for_"])
     day = today or date.today()
     now = datetime.combine(today, time(), UTC) if today is not None else datetime.now(UTC)
     verdicts = judge(rules, sources, stored, day, now, unmatched)
@@ -308,7 +308,7 @@ def _draft_comparisons(sources: Sources) -> Iterator[str]:
     The comparisons name the metric, unless all records are in that of the weights.
     """
     for kind, cls in KINDS.items():
-        by_metric: dict[str, list[Subject]] = {}
+        by_metric: dict[str, list[RuleSubject]] = {}
         for source in sources:
             if not _is_guarded(kind, source):
                 continue
@@ -325,7 +325,7 @@ def _draft_comparisons(sources: Sources) -> Iterator[str]:
 
 
 def _draft_comparison(
-    kind: str, guard: Guard, subjects: Sequence[Subject], where: dict[str, Any]
+    kind: str, guard: Guard, subjects: Sequence[RuleSubject], where: dict[str, Any]
 ) -> str:
     """Return a comparison of a value with the baseline; empty if it is not known or zero, or
     limited by the rank.
@@ -343,7 +343,7 @@ def _draft_comparison(
     if not any(values):
         return ""  # no fraction of zero is a tolerance
     if guard.limit_by:
-        groups: dict[str, list[Subject]] = {}
+        groups: dict[str, list[RuleSubject]] = {}
         for subject in subjects:
             groups.setdefault(getattr(subject.record, guard.limit_by), []).append(subject)
         rules = []
@@ -371,7 +371,7 @@ def _draft_comparison(
     return "\n".join(lines)
 
 
-def _list_values(field: RecordField, subjects: Sequence[Subject]) -> list[float]:
+def _list_values(field: RecordField, subjects: Sequence[RuleSubject]) -> list[float]:
     """Return the numbers of a field that are known."""
     values = [value_of(field, subject)[0] for subject in subjects]
     return [value for value in values if isinstance(value, float | int)]
@@ -380,7 +380,7 @@ def _list_values(field: RecordField, subjects: Sequence[Subject]) -> list[float]
 def _draft_limit(
     field: RecordField,
     guard: Guard,
-    subjects: Sequence[Subject],
+    subjects: Sequence[RuleSubject],
     where: Mapping[str, Any],
     number: int,
 ) -> str:
@@ -407,7 +407,7 @@ def _format_table(values: Mapping[str, str | bool]) -> str:
     return f"{{ {', '.join(pairs)} }}"
 
 
-def _draft_coverage(field: RecordField, subjects: Sequence[Subject]) -> str:
+def _draft_coverage(field: RecordField, subjects: Sequence[RuleSubject]) -> str:
     """Return the coverage for a field that is null in layers that changed; empty without any, or
     without all norms.
     """

@@ -145,7 +145,7 @@ def _format_total(value: float | None) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class RuleSubject:
     """The subject of a rule: one record, or a missing one.
 
     Args:
@@ -169,7 +169,7 @@ class Subject:
     label: str = ""
 
 
-def energy_of(subjects: Iterable[Subject]) -> float:
+def energy_of(subjects: Iterable[RuleSubject]) -> float:
     """Return Σ‖Δ‖²_F of subjects; unknown norms count as zero."""
     return math.fsum((subject.fro or 0.0) ** 2 for subject in subjects)
 
@@ -179,7 +179,7 @@ def list_subjects(
     source: ResultsSource,
     left_out: frozenset[str] = frozenset(),
     name_file: bool = False,
-) -> list[Subject]:
+) -> list[RuleSubject]:
     """Return a subject for each record of one kind in a file, and for each missing one.
 
     Args:
@@ -211,7 +211,7 @@ def list_subjects(
             absent.append((item.layer, f"not measured: {item.detail}", item.fro))
     # Paths are replaced by their order in the file, so that a key does not depend on them.
     positions: dict[str, int] = {}
-    subjects: list[Subject] = []
+    subjects: list[RuleSubject] = []
     for values, of_group in (groups or {(): []}).items():
         key = tuple(
             positions.setdefault(value, len(positions)) if isinstance(value, str) else value
@@ -220,15 +220,15 @@ def list_subjects(
         names = [f"{name} {value}" for name, value in zip(group_fields, values, strict=False)]
         group = ", ".join((*prefix, *names))
         for record in of_group:
-            subjects.append(Subject(record.layer, group, key, record, fro=norms[record.layer]))
+            subjects.append(RuleSubject(record.layer, group, key, record, fro=norms[record.layer]))
         present = {record.layer for record in of_group}
         for layer, reason, fro in absent:
             if layer not in present:
-                subjects.append(Subject(layer, group, key, None, reason, fro))
+                subjects.append(RuleSubject(layer, group, key, None, reason, fro))
     return subjects
 
 
-def _list_whole_subjects(kind: str, results: Results[Any], group: str) -> list[Subject]:
+def _list_whole_subjects(kind: str, results: Results[Any], group: str) -> list[RuleSubject]:
     """Return a subject for each record of a kind about the whole run, or one for the missing
     record.
     """
@@ -236,7 +236,7 @@ def _list_whole_subjects(kind: str, results: Results[Any], group: str) -> list[S
     records = [record for record in (*results.whole, results.end) if isinstance(record, cls)]
     if not records:
         reason = "the run did not finish" if kind == "end" else f"the file has no {kind} record"
-        return [Subject(None, group, (0,), None, reason)]
+        return [RuleSubject(None, group, (0,), None, reason)]
     subjects = []
     for number, record in enumerate(records):
         parts = [group] if group else []
@@ -244,12 +244,12 @@ def _list_whole_subjects(kind: str, results: Results[Any], group: str) -> list[S
             values = [getattr(record, name, None) for name in cls.key]
             parts.append(" ".join(str(value) for value in values if value))
         label = ", ".join(filter(None, parts))
-        subjects.append(Subject(None, group, (number,), record, label=label))
+        subjects.append(RuleSubject(None, group, (number,), record, label=label))
     return subjects
 
 
 def value_of(
-    field: RecordField, subject: Subject, floor: str = "inconclusive"
+    field: RecordField, subject: RuleSubject, floor: str = "inconclusive"
 ) -> tuple[Value | None, str]:
     """Return the value of a subject for a rule, or None with the reason.
 
@@ -294,9 +294,11 @@ class Baseline:
     """
 
     sources: Sources
-    subjects: dict[str, dict[tuple[Any, ...], Subject]] = field(default_factory=dict, init=False)
+    subjects: dict[str, dict[tuple[Any, ...], RuleSubject]] = field(
+        default_factory=dict, init=False
+    )
 
-    def of_kind(self, kind: str) -> dict[tuple[Any, ...], Subject]:
+    def of_kind(self, kind: str) -> dict[tuple[Any, ...], RuleSubject]:
         """Return the subjects of a kind by metric, layer and key; one without a record where
         several have the key.
         """
@@ -315,13 +317,15 @@ class Baseline:
                     stored[key] = subject
         return self.subjects[kind]
 
-    def find(self, kind: str, subject: Subject) -> Subject | None:
+    def find(self, kind: str, subject: RuleSubject) -> RuleSubject | None:
         """Return the baseline's subject with the metric, layer and key of a measured one; None
         without one.
         """
         return self.of_kind(kind).get((_get_metric(subject), subject.layer, *subject.key))
 
-    def value(self, field: RecordField, subject: Subject, floor: str) -> tuple[float | None, str]:
+    def value(
+        self, field: RecordField, subject: RuleSubject, floor: str
+    ) -> tuple[float | None, str]:
         """Return the baseline's value of a field for a subject, or None with the reason."""
         stored = self.find(field.kind, subject)
         if stored is None:
@@ -365,7 +369,7 @@ class Baseline:
         return replace(source.results, layers=layers, end=totals(layers, source.results.left_out))
 
 
-def _get_metric(subject: Subject, default: Metric = "weights") -> Metric:
+def _get_metric(subject: RuleSubject, default: Metric = "weights") -> Metric:
     """Return the metric of a subject's record, ``weights`` if it has none; ``default`` if the
     record is missing.
     """
@@ -374,7 +378,7 @@ def _get_metric(subject: Subject, default: Metric = "weights") -> Metric:
 
 
 def _is_better(
-    new: Subject, old: Subject, fields: Sequence[tuple[Regression, RecordField]]
+    new: RuleSubject, old: RuleSubject, fields: Sequence[tuple[Regression, RecordField]]
 ) -> bool:
     """Return whether no compared value is worse or missing, and one is better."""
     gains = []

@@ -41,7 +41,7 @@ _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfl
 
 
 @dataclass(frozen=True, slots=True)
-class Moments:
+class MomentLocation:
     """Location of a second moment of a layer: C = E[xxᵀ] of its input, or G = E[ggᵀ] of its output
     gradient.
 
@@ -66,8 +66,8 @@ class Weighting:
         gradients: G; None to weigh the input side alone.
     """
 
-    inputs: Moments
-    gradients: Moments | None = None
+    inputs: MomentLocation
+    gradients: MomentLocation | None = None
 
 
 def weighting_bytes(weighting: Weighting | None, shape: tuple[int, int]) -> int:
@@ -283,7 +283,7 @@ def times(change: Change, root_matrix: Tensor, on_rows: bool) -> Change:
     return replace(change, matrix=product, fro=norm([product]))
 
 
-def read_root(moments: Moments, device: torch.device) -> Root:
+def read_root(moments: MomentLocation, device: torch.device) -> Root:
     """Read C (or G), check it, and return L with L·Lᵀ = C.
 
     Raises:

@@ -134,7 +134,7 @@ class Law:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class RecoveryEstimate:
     """The estimate of one layer.
 
     Args:
@@ -404,7 +404,7 @@ def recover_layer(
     seed: int,
     device: torch.device,
     memory: int | None = None,
-) -> Estimate:
+) -> RecoveryEstimate:
     """Estimate one layer's update before rounding.
 
     Args:
@@ -422,7 +422,7 @@ def recover_layer(
     """
     check_cell_memory(delta.shape, memory)
     pair = _pair_sides(delta, fro, device)
-    if isinstance(pair, Estimate):
+    if isinstance(pair, RecoveryEstimate):
         return pair
     whole_fits = memory is None or recovery_bytes(delta.shape) <= memory
     keep = memory is None or _min_bytes(delta.shape) + 4 * pair.entries <= memory
@@ -456,7 +456,7 @@ def recover_layer(
             f"varies by {fit.unevenness:.0%} with |W|; possible causes: training without float32 "
             "master weights, or of some entries only"
         )
-        return Estimate(Hidden(status="refused", reason=reason, **common))
+        return RecoveryEstimate(Hidden(status="refused", reason=reason, **common))
     recovered = model.recovered
     if recovered is None:
         recovered = recover(model.cells, size, seed, keep)
@@ -465,7 +465,7 @@ def recover_layer(
 
 def _estimate_update(
     model: _Model, recovered: Recovered, common: dict[str, Any], ranks: Sequence[int], unit: float
-) -> Estimate:
+) -> RecoveryEstimate:
     """Return the estimate of a layer whose changed entries fit the model.
 
     Args:
@@ -480,7 +480,7 @@ def _estimate_update(
     fault = _find_fault(recovered, scales, fro_estimate)
     if fault is not None and model.recovered is not None:
         reason = f"one size does not fit without directions, and {fault}"
-        return Estimate(Hidden(status="refused", reason=reason, **common))
+        return RecoveryEstimate(Hidden(status="refused", reason=reason, **common))
     stored_fro = fro_estimate * unit
     common |= {
         "kurtosis": None if density is None else density.kurtosis,
@@ -495,7 +495,7 @@ def _estimate_update(
         hidden = Hidden(
             status="size_only", reason=fault or no_gain, gain_z=recovered.z, directions=0, **common
         )
-        return Estimate(hidden, model.cells, model.law, scales, unit)
+        return RecoveryEstimate(hidden, model.cells, model.law, scales, unit)
     bounded = _bound_flat_update(recovered, density)
     curve, curve_fields = _compute_energy_curves(
         bounded, model.size, scales, fro_estimate, error, ranks, unit
@@ -516,10 +516,12 @@ def _estimate_update(
         **curve_fields,
     )
     law = Law(recovered.deviation, recovered.low_rank)
-    return Estimate(hidden, model.cells, law, scales, unit, curve)
+    return RecoveryEstimate(hidden, model.cells, law, scales, unit, curve)
 
 
-def _pair_sides(delta: StoredDelta, fro: float, device: torch.device) -> _StoredPair | Estimate:
+def _pair_sides(
+    delta: StoredDelta, fro: float, device: torch.device
+) -> _StoredPair | RecoveryEstimate:
     """Return both stored sides; a refusal where their rounding cells are unknown, or D = 0."""
     base_sample, tuned_sample = (
         _read_sample(side, delta.shape) for side in (delta.base, delta.tuned)
@@ -546,7 +548,7 @@ def _pair_sides(delta: StoredDelta, fro: float, device: torch.device) -> _Stored
     return _StoredPair(base, tuned, delta, unit, device)
 
 
-def _decide_without_fit(stats: _Stats, entries: int, fro: float) -> Estimate | None:
+def _decide_without_fit(stats: _Stats, entries: int, fro: float) -> RecoveryEstimate | None:
     """Return the estimate of a layer that rounding hides hardly, or that has too few changed
     entries; else None.
     """
@@ -559,7 +561,7 @@ def _decide_without_fit(stats: _Stats, entries: int, fro: float) -> Estimate | N
             f"rounding contributes {rounding:.2g} of ‖ΔW‖², and {unchanged:.2g} of the "
             "entries are equal"
         )
-        return Estimate(
+        return RecoveryEstimate(
             Hidden(status="not_hidden", reason=reason, unchanged=unchanged, fro_estimate=fro)
         )
     if changed < MIN_COUNT:
@@ -668,11 +670,11 @@ def _measure_norm(model: _Model) -> tuple[float, float, Density | None]:
     return fro, math.hypot(error, misfit, misplaced, uneven), density
 
 
-def _make_refusal(unchanged: float, reason: str) -> Estimate:
+def _make_refusal(unchanged: float, reason: str) -> RecoveryEstimate:
     """Return the estimate of a layer that is refused for a reason; it holds no size and no
     directions.
     """
-    return Estimate(Hidden(status="refused", reason=reason, unchanged=unchanged))
+    return RecoveryEstimate(Hidden(status="refused", reason=reason, unchanged=unchanged))
 
 
 def estimate_hidden_energy(delta: StoredDelta) -> float:

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class ValueGrid:
     """The values of a storage format.
 
     Args:
@@ -76,19 +76,19 @@ class Grid:
 
 
 GRIDS = {
-    "bfloat16": Grid(7, -126, float(torch.finfo(torch.bfloat16).max)),
-    "float16": Grid(10, -14, 65504.0),
-    "float32": Grid(23, -126, float(torch.finfo(torch.float32).max)),
-    "float64": Grid(52, -1022, float(torch.finfo(torch.float64).max)),
-    "float8_e4m3fn": Grid(3, -6, 448.0, saturates=True),
-    "float8_e5m2": Grid(2, -14, 57344.0, saturates=True),
-    "float8_e4m3fnuz": Grid(3, -7, 240.0, saturates=True),
-    "float8_e5m2fnuz": Grid(2, -15, 57344.0, saturates=True),
-    "int8": Grid(7, 7, 127.0, saturates=True),  # integers: constant spacing
+    "bfloat16": ValueGrid(7, -126, float(torch.finfo(torch.bfloat16).max)),
+    "float16": ValueGrid(10, -14, 65504.0),
+    "float32": ValueGrid(23, -126, float(torch.finfo(torch.float32).max)),
+    "float64": ValueGrid(52, -1022, float(torch.finfo(torch.float64).max)),
+    "float8_e4m3fn": ValueGrid(3, -6, 448.0, saturates=True),
+    "float8_e5m2": ValueGrid(2, -14, 57344.0, saturates=True),
+    "float8_e4m3fnuz": ValueGrid(3, -7, 240.0, saturates=True),
+    "float8_e5m2fnuz": ValueGrid(2, -15, 57344.0, saturates=True),
+    "int8": ValueGrid(7, 7, 127.0, saturates=True),  # integers: constant spacing
 }
 
 
-def cell_halves(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def cell_halves(values: Tensor, grid: ValueGrid) -> tuple[Tensor, Tensor]:
     """Return the extent of the cell of each value below and above it.
 
     Args:

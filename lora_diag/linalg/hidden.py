@@ -155,7 +155,7 @@ def fit_size(cells: CellMatrix, guess: float) -> Size:
 
 
 @dataclass(slots=True)
-class _Sums:
+class _CellSums:
     """Sums over entries: of E[x²]/s², (E[x²]/s² − 1)², 1 − Var[x]/s², and log-likelihoods, given
     the cells.
     """
@@ -177,9 +177,9 @@ class _Sums:
         return 1 / math.sqrt(self.scores) if self.scores > 0 else math.inf
 
 
-def _sum_moments(cells: CellMatrix, deviation: float) -> _Sums:
+def _sum_moments(cells: CellMatrix, deviation: float) -> _CellSums:
     """Return the sums for x ~ N(0, s²) given its cell, s = ``deviation``."""
-    sums = _Sums()
+    sums = _CellSums()
     for first, last in cells.spans():
         block = cells.rows(first, last)
         posterior = moments(block, 0.0, deviation)
@@ -192,13 +192,13 @@ def _sum_moments(cells: CellMatrix, deviation: float) -> _Sums:
     return sums
 
 
-def _scoring_step(sums: _Sums) -> float:
+def _scoring_step(sums: _CellSums) -> float:
     """Return a step of log s, of at most a factor of 3."""
     return max(-1.1, min(1.1, 0.5 * math.log(sums.square / sums.entries) / sums.information))
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOut:
+class HeldOutCells:
     """Held-out cells, which a fit does not use.
 
     Args:
@@ -220,13 +220,13 @@ class HeldOut:
         """Return the log-likelihood of every cell under N(L, s²)."""
         return moments(self.cells, self.low_rank_at(low_rank), deviation).log_mass
 
-    def subsample(self) -> HeldOut:
+    def subsample(self) -> HeldOutCells:
         """Return at most ``MAX_FITTED`` of the cells, to which s is fitted."""
         count = len(self.entries)
         if count <= MAX_FITTED:
             return self
         sample = torch.arange(0, count, count // MAX_FITTED + 1, device=self.entries.device)
-        return HeldOut(self.cells.at(sample), self.entries[sample])
+        return HeldOutCells(self.cells.at(sample), self.entries[sample])
 
     def scoring_step(self, mean: Tensor, deviation: float, center: float) -> float:
         """Return a scoring step of log s for the likelihood of the cells, with a normal prior
@@ -252,7 +252,7 @@ class HeldOut:
 
 
 def _estimate_lengths(
-    held_out: HeldOut, low_rank: LowRank, deviation: float
+    held_out: HeldOutCells, low_rank: LowRank, deviation: float
 ) -> tuple[Tensor, float]:
     """Return the likeliest length of X in each direction of L by cells that L does not know, and
     its standard error.
@@ -273,7 +273,7 @@ def _estimate_lengths(
 
 
 def _estimate_stretch(
-    held_out: HeldOut, low_rank: LowRank, deviation: float
+    held_out: HeldOutCells, low_rank: LowRank, deviation: float
 ) -> tuple[float, Tensor]:
     """Compare the lengths of L with those that held-out cells show.
 
@@ -313,7 +313,7 @@ def fit_low_rank(
     rule: Rule = "norm",
     start: LowRank | None = None,
     seed: int = 0,
-    held_out: HeldOut | None = None,
+    held_out: HeldOutCells | None = None,
     keep: bool = True,
 ) -> LowRank:
     """Estimate L by alternating between posterior means and shrunk singular values.
@@ -381,7 +381,7 @@ class _Posterior:
     mean: Callable[[int, int], Tensor | float]
     deviation: float
     buffer: Tensor | None
-    held_out: HeldOut | None
+    held_out: HeldOutCells | None
     relaxation: float
     information: float = 0.0
 
@@ -519,7 +519,7 @@ class Recovered:
     deviation: float = 0.0
     stretch: float = 1.0
     upper: Tensor | None = None
-    held_out: HeldOut | None = None
+    held_out: HeldOutCells | None = None
     unseen: LowRank | None = None
 
 
@@ -537,7 +537,7 @@ def recover(cells: CellMatrix, size: Size, seed: int = 0, keep: bool = True) -> 
         L with the rule that held-out cells prefer; without L if they do not support it.
     """
     entries = _draw_held_out(cells.shape, seed, cells.device)
-    held_out = HeldOut(cells.at(entries), entries)
+    held_out = HeldOutCells(cells.at(entries), entries)
     baseline = moments(held_out.cells, 0.0, size.deviation).log_mass
     low_rank = fit_low_rank(cells, size, seed=seed, held_out=held_out, keep=keep)
     rule: Rule = "norm"

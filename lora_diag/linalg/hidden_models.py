@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.linalg.cells import CellMatrix, Cells, Moments, moments
-from lora_diag.linalg.hidden import LARGE_SAMPLE, HeldOut, LowRank, Size, fit_size
+from lora_diag.linalg.hidden import LARGE_SAMPLE, HeldOutCells, LowRank, Size, fit_size
 
 # Entries on which shapes are compared, and how many steps their scales take at most.
 SHAPE_SAMPLE, STEPS = 2**15, 20
@@ -129,7 +129,7 @@ class Shaped:
 
 
 @dataclass(slots=True)
-class _Sums:
+class _ScaleSums:
     """Sums over entries of ∂ log-likelihood/∂ log s, of its square, and of log-likelihoods."""
 
     score: float = 0.0
@@ -137,9 +137,9 @@ class _Sums:
     log_likelihood: float = 0.0
 
 
-def _sum_scores(cells: CellMatrix, shape: Shape, deviation: float) -> _Sums:
+def _sum_scores(cells: CellMatrix, shape: Shape, deviation: float) -> _ScaleSums:
     """Return the sums for a shape of this deviation."""
-    sums = _Sums()
+    sums = _ScaleSums()
     for first, last in cells.spans():
         block = cells.rows(first, last)
         parts = [
@@ -412,7 +412,7 @@ def unscale(low_rank: LowRank, scales: Scales) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def measure_lengths(
-    held_out: HeldOut, low_rank: LowRank, deviation: float, scales: Scales
+    held_out: HeldOutCells, low_rank: LowRank, deviation: float, scales: Scales
 ) -> tuple[Tensor, Tensor]:
     """Return the likeliest length of X along each direction of L before the division, and its
     standard error.
@@ -441,7 +441,7 @@ def measure_lengths(
 
 
 def estimate_linear_lengths(
-    held_out: HeldOut, low_rank: LowRank, density: Density
+    held_out: HeldOutCells, low_rank: LowRank, density: Density
 ) -> tuple[Tensor, float]:
     """Return the length of X in each direction of L from posterior means without L, and its
     standard error.

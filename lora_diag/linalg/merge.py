@@ -224,7 +224,7 @@ class Product:
         return self.b[first:last] @ self.a
 
     def error(
-        self, first: int, last: int, size: Tensor, w: Tensor, rounding: Rounding
+        self, first: int, last: int, size: Tensor, w: Tensor, rounding: MergeRounding
     ) -> tuple[Tensor, Tensor]:
         """Return δ for rows of ΔW with absolute values ``size``, and P, the sum of
         absolute terms.
@@ -247,7 +247,7 @@ class Product:
         return bound, magnitude
 
     def shared_terms(
-        self, first: int, last: int, w: Tensor, delta: Tensor, rounding: Rounding
+        self, first: int, last: int, w: Tensor, delta: Tensor, rounding: MergeRounding
     ) -> Tensor | None:
         """Return Σ_k (B_ik·A_kj·ΔW_ij)² for rows, proportional to the variance that lines share;
         None without casts.
@@ -256,7 +256,7 @@ class Product:
             return None
         return (self.b[first:last].square() @ self.a.square()).mul_(delta).mul_(delta)
 
-    def add_noise(self, rows: Lines, columns: Lines, rounding: Rounding) -> float:
+    def add_noise(self, rows: Lines, columns: Lines, rounding: MergeRounding) -> float:
         """Add the variance of ⟨E, ΔW⟩ over the rounding errors E of B and A to the lines.
 
         An entry of B is shared by a row, and one of A by a column. In a block of rows, errors of A
@@ -360,7 +360,7 @@ class Whole:
         return self.read(first, last).double() * self.factor
 
     def error(
-        self, first: int, last: int, size: Tensor, w: Tensor, rounding: Rounding
+        self, first: int, last: int, size: Tensor, w: Tensor, rounding: MergeRounding
     ) -> tuple[Tensor, Tensor]:
         """Return δ for rows of ΔW with absolute values ``size``, and the size of the
         terms of sums.
@@ -373,14 +373,14 @@ class Whole:
         return (_STEPS_WITH_W * rounding.roundoff + 16 * _U32) * summed, summed
 
     def shared_terms(
-        self, first: int, last: int, w: Tensor, delta: Tensor, rounding: Rounding
+        self, first: int, last: int, w: Tensor, delta: Tensor, rounding: MergeRounding
     ) -> Tensor | None:
         """Return (|W·ΔW| + ΔW²)² for rows, proportional to the variance that lines share; None
         without arithmetic.
         """
         return None if self.exact else (w * delta).abs_().addcmul_(delta, delta).square_()
 
-    def add_noise(self, rows: Lines, columns: Lines, rounding: Rounding) -> float:
+    def add_noise(self, rows: Lines, columns: Lines, rounding: MergeRounding) -> float:
         """Add the variance of roundings of whole rows and columns to the lines; return that of the
         layer.
         """
@@ -435,7 +435,7 @@ Addend = Product | Whole
 
 
 @dataclass(frozen=True, slots=True)
-class Rounding:
+class MergeRounding:
     """A possible rounding of a merge.
 
     Args:
@@ -475,8 +475,8 @@ class Check:
         entries: Number of entries.
         beyond: Number of entries of M that no rounding of W + ΔW explains, by row and by column.
         beyond_base: The same for W + 0 with the same tolerance: visible changes.
-        lines: Sums over the rows, and over the columns, with M* as ``Rounding.round_sum`` returns
-            it.
+        lines: Sums over the rows, and over the columns, with M* as ``MergeRounding.round_sum``
+            returns it.
         worst: max |M − (W + ΔW)| in ulp of the largest of |W|, |M| and the terms of ΔW, or in steps
             of a quantized M where these are larger.
         unchanged: Number of entries with M = W, or W rounded.
@@ -610,7 +610,7 @@ def check_merge(
     blocks: Iterable[Block],
     shape: tuple[int, int],
     addend: Addend,
-    rounding: Rounding,
+    rounding: MergeRounding,
     whole: bool = True,
 ) -> Check:
     """Compare every entry of M with W + ΔW.
@@ -632,7 +632,9 @@ def check_merge(
         ... )
         >>> m = (w.double() + d).bfloat16()
         >>> addend = Product(torch.ones(1, 1, dtype=torch.float64), d)
-        >>> found = check_merge([(w, m, None)], (1, 2), addend, Rounding(torch.bfloat16, 2**-8))
+        >>> found = check_merge(
+        ...     [(w, m, None)], (1, 2), addend, MergeRounding(torch.bfloat16, 2**-8)
+        ... )
         >>> found.count, found.unchanged
         (0, 1)
     """
@@ -681,7 +683,7 @@ def _add_rows(
     m: Tensor,
     step: Tensor | None,
     addend: Addend,
-    rounding: Rounding,
+    rounding: MergeRounding,
     span: tuple[int, int],
 ) -> None:
     """Add rows to the result of a check.
@@ -747,7 +749,7 @@ def _add_scale(
     spacing: Tensor,
     quantized: bool,
     addend: Addend,
-    rounding: Rounding,
+    rounding: MergeRounding,
     span: tuple[int, int],
 ) -> None:
     """Add the contributions to c* and the standard error of c, by row and by column.

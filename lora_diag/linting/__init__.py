@@ -21,7 +21,7 @@ class LintOptions(VerdictOutputs, total=False):
     alpha: Annotated[float | None, Option(None, "lora_alpha.", "A", panel=INPUTS)]
     dtype: Annotated[
         str | None,
-        ADAPTER_DTYPE.by(None, help="Dtype of the trained weights.", flags=(), panel=INPUTS),
+        ADAPTER_DTYPE.by(None, help="Dtype of the trained weights.", former="", panel=INPUTS),
     ]
     optimizer: Annotated[str | None, Option(None, "Optimizer, e.g. adamw.", "NAME", panel=INPUTS)]
     steps: Annotated[

@@ -79,7 +79,7 @@ def moving_table(dtype: str, step: float) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class TypeSample:
     """Entries of the weights of one module type.
 
     Args:
@@ -115,7 +115,7 @@ class Sample:
 
 def sample_entries(
     checkpoint: Checkpoint, names: Sequence[str], dtype: str, seed: int = 0
-) -> list[Sample]:
+) -> list[TypeSample]:
     """Return sampled entries of weights by module type, as codes of a format; only these ranges are
     read.
 
@@ -151,12 +151,12 @@ def sample_entries(
         )  # imported only for remote files
     codes = reader(lambda place: encode(checkpoint.read_range(*place), dtype), flat)
     return [
-        Sample(kind, totals[kind], tuple(next(codes) for _ in each))
+        TypeSample(kind, totals[kind], tuple(next(codes) for _ in each))
         for kind, each in places.items()
     ]
 
 
-def measure_shares(samples: Sequence[Sample], dtype: str, lr: float) -> list[StepShare]:
+def measure_shares(samples: Sequence[TypeSample], dtype: str, lr: float) -> list[StepShare]:
     """Return the fraction of entries that a step of size ``lr`` moves: one record for all, then one
     per module type.
     """
@@ -173,7 +173,7 @@ def measure_shares(samples: Sequence[Sample], dtype: str, lr: float) -> list[Ste
 
 
 def simulate_path(
-    samples: Sequence[Sample], dtype: str, lr: float, steps: int, seed: int = 0
+    samples: Sequence[TypeSample], dtype: str, lr: float, steps: int, seed: int = 0
 ) -> Mapping[str, float]:
     """Return the fraction c = ⟨Q − w, d⟩/‖d‖² of a path d that weights in a 16-bit format follow.
 

@@ -27,13 +27,13 @@ from lora_diag.adapters.contents import (
 )
 from lora_diag.adapters.patterns import Scaling, find_targets
 from lora_diag.adapters.source import Config, ends_of
-from lora_diag.adapters.writing_targets import TABLE, Model, names_in_memory
+from lora_diag.adapters.writing_targets import TABLE, MemoryModel, names_in_memory
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.decisions.plan.architectures import Matrix, make_matrix, select_text_config
 from lora_diag.decisions.plan.measure import DERIVED, apply_capacity_rules
 from lora_diag.decisions.plan_merge.record import MAX_ERROR
-from lora_diag.decisions.targets import BYTES, STATE, Training, why_no_target
+from lora_diag.decisions.targets import BYTES, STATE, TrainingMemory, why_no_target
 from lora_diag.deltas import Pairing, has_tied_head, is_head
 from lora_diag.diagnostics.portability.consumers import CONSUMERS, Consumer, find_refusal
 from lora_diag.errors import InputError
@@ -140,7 +140,7 @@ class Facts:
         if self.base is None:
             return None
         names = names_in_memory(self.adapter, self.base) if self.adapter is not None else {}
-        return contents.list_modules(self.base, self.peft, names, Model(self.base, names))
+        return contents.list_modules(self.base, self.peft, names, MemoryModel(self.base, names))
 
     @property
     def paths(self) -> set[str] | None:
@@ -239,7 +239,7 @@ class Facts:
         return Contents("peft", tuple(items), peft.values, tied=has_tied_head(self.base))
 
     @cached_property
-    def steps(self) -> tuple[list[moves.Sample], list[StepShare]] | None:
+    def steps(self) -> tuple[list[moves.TypeSample], list[StepShare]] | None:
         """Sampled entries of BASE in the 16-bit dtype in which they are trained, and fractions that
         a step moves.
         """
@@ -256,7 +256,7 @@ Targeted = Mapping[str, Matrix]
 Scales = Mapping[str, tuple[int, float]]
 
 
-class Rule(NamedTuple):
+class LintRule(NamedTuple):
     """A rule.
 
     Args:
@@ -280,14 +280,14 @@ MISSING = {
     "scaling": "--rank and --alpha",
 }
 
-RULES: dict[str, Rule] = {}
+RULES: dict[str, LintRule] = {}
 
 
 def rule(id: str, severity: Severity, method: str = "") -> Callable[[Check], Check]:
-    """Register a rule; see ``Rule``."""
+    """Register a rule; see ``LintRule``."""
 
     def register(check: Check) -> Check:
-        RULES[id] = Rule(severity, method, check)
+        RULES[id] = LintRule(severity, method, check)
         return check
 
     return register
@@ -295,7 +295,7 @@ def rule(id: str, severity: Severity, method: str = "") -> Callable[[Check], Che
 
 @rule("bf16-step", "error", "full")
 def check_steps(
-    steps: tuple[list[moves.Sample], list[StepShare]], settings: Settings
+    steps: tuple[list[moves.TypeSample], list[StepShare]], settings: Settings
 ) -> Iterator[Problem]:
     """Find weights in 16 bits of which a step of size lr moves less than half; simulate the path of
     given steps.
@@ -541,7 +541,7 @@ def check_memory(
     named = (settings.optimizer or "").removesuffix("32bit")
     optimizer = named if named in STATE else "sgd"
     trained = math.ceil(
-        params * Training(optimizer, dtype if dtype in BYTES else "bfloat16").bytes_per_param
+        params * TrainingMemory(optimizer, dtype if dtype in BYTES else "bfloat16").bytes_per_param
     )
     entries = 0 if settings.method == "full" else sum(base[name].numel for name in base)
     frozen = entries // 2 if settings.quantized else 2 * entries

@@ -16,7 +16,7 @@ from typing import Any
 from lora_diag.adapters.source import is_number
 from lora_diag.checkpoints.documents import read_object
 from lora_diag.checkpoints.file_bytes import FileBytes
-from lora_diag.checkpoints.inert import Record
+from lora_diag.checkpoints.inert import PickledObject
 from lora_diag.checkpoints.parts import Archive
 from lora_diag.errors import InputError, damaged, quote, require
 from lora_diag.files import open_regular
@@ -189,12 +189,12 @@ def _read_arguments(path: Path) -> dict[Any, Any]:
     if file.size > MAX_BYTES:
         raise _too_large(path, MAX_BYTES)
     content = Archive(file).value
-    state = content.state if isinstance(content, Record) else content
+    state = content.state if isinstance(content, PickledObject) else content
     if not isinstance(state, dict):
         raise damaged(path, "holds no arguments of a Trainer", "remove it, or copy it again")
     arguments = {}
     for key, value in state.items():
-        plain = value.args[0] if isinstance(value, Record) and value.args else value
+        plain = value.args[0] if isinstance(value, PickledObject) and value.args else value
         arguments[key] = plain if _is_plain(plain) or _is_plain_list(plain) else type(plain)
     return arguments
 

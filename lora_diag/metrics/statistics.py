@@ -139,6 +139,9 @@ def _correlate(x: Array, y: Array) -> float | None:
     return min(1.0, max(-1.0, float(x @ y) / norm)) if norm else None
 
 
+# Fewest sequences of a text of which one half chooses among models, and the other half reports the
+# loss of the chosen one: the lowest of several losses is the lowest partly by chance.
+MIN_SEQUENCES = 8
 # Each limit of an interval holds with this confidence, so that a statement read from one limit is
 # wrong in 5% at most.
 LEVEL = 0.95
@@ -194,14 +197,20 @@ def errors_needed(freedom: float) -> float:
     return float(stdtrit(freedom, float(ndtr(2.0))))
 
 
-def paired_half(error: float | None, sequences: int | None) -> float | None:
+def paired_half(
+    error: float | None, sequences: int | None, comparisons: int | None = None
+) -> float | None:
     """Return the absolute value beyond which a paired difference is significant; None without an
     error.
+
+    That is two standard errors (``errors_needed``), or where several models are compared with one,
+    t(1 − 0.05/2K; ν)·error: 95% for all K of them together (Bonferroni).
 
     Args:
         error: Standard error of the difference by ``paired_difference``.
         sequences: Number of sequences; None if unknown, as in files of earlier versions: two
             standard errors.
+        comparisons: K; None for a difference that is the only one.
 
     Example:
         >>> round(paired_half(0.1, 2), 2), paired_half(0.1, None)
@@ -209,7 +218,12 @@ def paired_half(error: float | None, sequences: int | None) -> float | None:
     """
     if error is None:
         return None
-    return error * (errors_needed(degrees_of_freedom(sequences)) if sequences else 2.0)
+    if not sequences:
+        return 2.0 * error
+    freedom = degrees_of_freedom(sequences)
+    if comparisons is None:
+        return errors_needed(freedom) * error
+    return Estimate(0.0, error, freedom).half(1 - 0.05 / 2 / comparisons)
 
 
 def blocked_variance(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:

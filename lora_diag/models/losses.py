@@ -63,6 +63,14 @@ class Losses:
         """The sums to 6 decimals, as records keep them."""
         return tuple(round(float(value), 6) for value in self.sums)
 
+    def __getitem__(self, sequences: slice) -> Losses:
+        """Return the losses of some sequences."""
+        return Losses(self.sums[sequences], self.counts[sequences])
+
+    def round(self) -> Losses:
+        """Return the losses as records keep them."""
+        return Losses(torch.tensor(self.rounded, dtype=torch.float64), self.counts)
+
     @classmethod
     def of(cls, sums: Iterable[float], counts: Iterable[int]) -> Losses:
         """Return the losses of sequences from the sum and the number of predictions of each."""
@@ -132,6 +140,10 @@ class Losses:
             else change + Estimate(change, error, degrees_of_freedom(len(self.sums))).half()
         )
         return {"change": change, "change_error": error, "lost_at_most": upper}
+
+
+# The losses of one model by evaluation set.
+LossesBySet = dict[str, Losses]
 
 
 def predict(model: Model, sequences: list[Sequence]) -> tuple[list[Tensor], list[Tensor]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -131,6 +132,17 @@ class Swapped:
         for layer in self._deltas:
             strength = strengths.get(layer, others)
             self._set(layer, (FULL, strength) if strength else (0, 1.0))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Give the model the whole update while the block runs, and then BASE's weights again.
+
+        Raises:
+            InputError: ΔW of a layer is not finite, or could not be read.
+        """
+        self.arrange({}, FULL)
+        yield
+        self.arrange({})
 
     def _set(self, layer: str, state: tuple[int, float]) -> None:
         """Write the weight of one layer by rank and factor of its update, unless it is there

@@ -261,7 +261,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingSettings:
     """Settings shared by all cells.
 
     Args:
@@ -331,7 +331,11 @@ def rate_at(step: int, steps: int, peak: float) -> float:
 
 
 def run_cell(
-    model: Model, cell: Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
+    model: Model,
+    cell: Cell,
+    training: TrainingSettings,
+    sets: Sequence[Texts],
+    after: Callable[[], None],
 ) -> list[Probe]:
     """Train one cell and return one record per set; without a loss if training diverged.
 
@@ -352,7 +356,7 @@ def run_cell(
 def losses_after(
     model: Model,
     cell: Cell,
-    training: Training,
+    training: TrainingSettings,
     sets: Sequence[Texts],
     after: Callable[[], None],
     keep: Callable[[Model], None] = lambda tuned: None,
@@ -390,7 +394,7 @@ def count_trained(model: Model) -> int:
     )
 
 
-def train(model: Model, cell: Cell, training: Training, after: Callable[[], None]) -> float:
+def train(model: Model, cell: Cell, training: TrainingSettings, after: Callable[[], None]) -> float:
     """Train the trainable parameters, and return the mean loss of the last tenth of the steps, at
     least one.
 

@@ -52,7 +52,7 @@ NAME_FRACTION = 0.38
 
 
 @dataclass(frozen=True, slots=True)
-class Cells:
+class DepthField:
     """A field by module type and depth.
 
     Args:
@@ -69,7 +69,7 @@ class Cells:
 
 def cells(
     records: Sequence[LayerRecord], field: str, types: Types, depths: Sequence[int | None]
-) -> Cells:
+) -> DepthField:
     """Return the cells of a heat map.
 
     Args:
@@ -90,7 +90,7 @@ def cells(
         layers[cell] = len(found)
         if numbers := [value for value in found if value is not None]:
             values[cell] = np.median(numbers)
-    return Cells(names, values, layers)
+    return DepthField(names, values, layers)
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
@@ -181,7 +181,7 @@ def default_field(records: Sequence[LayerRecord]) -> str:
     return next((name for name in names if name in fields), "fro")
 
 
-def norm_of(grids: Sequence[Cells]) -> Normalize:
+def norm_of(grids: Sequence[DepthField]) -> Normalize:
     """Return the common colour scale; logarithmic if the values are positive and span a factor of
     ``_LOG_FROM``.
     """
@@ -200,7 +200,7 @@ def norm_of(grids: Sequence[Cells]) -> Normalize:
 def draw_cells(
     ax: Axes,
     style: PageStyle,
-    grid: Cells,
+    grid: DepthField,
     norm: Normalize,
     names: dict[str, str],
     depths: Sequence[int | None],

@@ -20,7 +20,7 @@ class OutputOptions(TypedDict, total=False):
             Path("figures"),
             "One .png, .svg or .pdf file, or a folder for all figures.",
             "FILE|FOLDER",
-            ("--output", "-o"),
+            "-o",
             OUTPUT,
         ),
     ]
@@ -40,9 +40,15 @@ class PlotOptions(TypedDict, total=False):
             completions=_NAMES,
         ),
     ]
-    labels: Annotated[
+    label: Annotated[
         Sequence[str],
-        Option((), "Label of each of RESULTS, in order; repeatable.", "NAME", ("--label",), OUTPUT),
+        Option(
+            (),
+            "Label of each of RESULTS, in order; repeatable.",
+            "NAME",
+            panel=OUTPUT,
+            former="labels",
+        ),
     ]
     field: Annotated[
         str | None,

@@ -267,7 +267,7 @@ def plot(
         output: A file whose suffix (png, svg, pdf) gives the format, for one figure; else a folder.
         figure: Name of a figure, or ``all``; None for all in a folder; in a file, None for
             the heat map if ``field`` is given, else for the first figure that the records allow.
-        labels: Label of each of ``results``.
+        label: Label of each of ``results``.
         field: For the heat map: dotted name of a numeric field, such as ``energy.16``.
         show_rank: The rank to draw where several were measured.
         per: ``layer``, or ``type`` to pool the layers of a module type.
@@ -334,7 +334,7 @@ def plot(
             f"no layer left to draw: {others if layers is None else f'no name matches {layers}'}"
         )
     figure_options: FigureOptions = {
-        "labels": options["labels"],
+        "labels": options["label"],
         "width": options["width"],
         "per": options["per"],
         "field": options["field"],

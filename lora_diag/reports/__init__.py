@@ -12,7 +12,7 @@ class ReportOptions(TypedDict, total=False):
 
     output: Annotated[
         Path | str | None,
-        Option(None, "Report to write; default: report.html.", "FILE", ("--output", "-o"), OUTPUT),
+        Option(None, "Report to write; default: report.html.", "FILE", "-o", OUTPUT),
     ]
     format: Annotated[
         str | None,

@@ -19,7 +19,13 @@ from typing import Any
 
 from lora_diag.catalog import feature_of
 from lora_diag.diagnostics.residual.record import Residual
-from lora_diag.probes.outputs.show import SUFFICIENT_SHARE, Contest, find_gain, is_tuned_worse
+from lora_diag.errors import flag
+from lora_diag.probes.outputs.show import (
+    SUFFICIENT_SHARE,
+    AdapterContest,
+    find_gain,
+    is_tuned_worse,
+)
 from lora_diag.probes.sweep import SweepOptions
 from lora_diag.probes.sweep.show import state_verdict
 from lora_diag.records import Probe
@@ -56,7 +62,7 @@ ENERGY = (
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class AdviceRule:
     """A row of the table.
 
     Args:
@@ -79,7 +85,7 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class AdviceStep:
     """One step.
 
     Args:
@@ -110,14 +116,14 @@ class Step:
         return shlex.join(self.argv)
 
 
-def advice(evidence: Evidence) -> list[Step]:
+def advice(evidence: Evidence) -> list[AdviceStep]:
     """Return the steps supported by the records, for each full fine-tune in the order of ``RULES``.
 
     Unfinished runs support no step. A step that applies to several full fine-tunes is listed once
     and names them all.
     """
     groups = evidence.finished().groups()
-    by_command: dict[tuple[str, ...], Step] = {}
+    by_command: dict[tuple[str, ...], AdviceStep] = {}
     for group in groups:
         about = (group.path_of("tuned"),) if len(groups) > 1 else ()
         for step in _apply_rules(group):
@@ -132,7 +138,7 @@ def advice(evidence: Evidence) -> list[Step]:
 _PLACEHOLDERS = {"base": "", "tuned": "", "eval": "HELD_OUT_TEXT", "data": "TRAIN_TEXT"}
 
 
-def _apply_rules(evidence: Evidence) -> Iterator[Step]:
+def _apply_rules(evidence: Evidence) -> Iterator[AdviceStep]:
     """Yield the steps of the rules that apply to one full fine-tune."""
     applied: set[str] = set()
     short = short_names(chain.from_iterable(source.paths() for source in evidence.sources), safe)
@@ -149,7 +155,7 @@ def _apply_rules(evidence: Evidence) -> Iterator[Step]:
         do = rule.do.format_map(texts)
         because = " ".join(rule.because.format_map(texts).split())
         argv = ("loradiag", *_fill_command(rule.command, facts))
-        yield Step(rule.name, do, because, argv, facts)
+        yield AdviceStep(rule.name, do, because, argv, facts)
 
 
 def _fill_command(template: str, facts: Facts) -> Iterator[str]:
@@ -222,7 +228,7 @@ def _find_equal_adapter(evidence: Evidence) -> Facts | None:
     return {"adapter": best.name, "others": others_sentence, **_facts_of(best)}
 
 
-def _facts_of(contest: Contest) -> Facts:
+def _facts_of(contest: AdapterContest) -> Facts:
     """Return set, gap and kept fraction of the gain of an adapter on its worst set."""
     record = contest.worst
     return {
@@ -266,7 +272,7 @@ def _find_swept_rank(evidence: Evidence) -> Facts | None:
         lowest_rate = min(_learning_rates(evidence))
         rates = tuple(float(f"{lowest_rate / factor:.2g}") for factor in (100, 10, 3))
         action = f"Change the training before the rank: try learning rates {_join(rates)}"
-        then = (*_sweep_again(source, typed | {"rates": rates}), "-o", "sweep-2.jsonl")
+        then = (*_sweep_again(source, typed | {"lr": rates}), "-o", "sweep-2.jsonl")
         return facts | {"rates": rates, "action": action, "then": then}
     action = f"Train at r={chosen.rank} with learning rate {chosen.lr:g}"
     higher: tuple[int, ...] = ()
@@ -283,7 +289,10 @@ def _find_swept_rank(evidence: Evidence) -> Facts | None:
         "action": action,
     }
     if higher or verdict.needed_seeds is not None:
-        typed |= {"ranks": (*swept.ranks, *higher), "seeds": verdict.needed_seeds or verdict.seeds}
+        typed |= {
+            "ranks": (*swept.ranks, *higher),
+            "repeats": verdict.needed_seeds or verdict.seeds,
+        }
         return facts | {"then": (*_sweep_again(source, typed), "--resume", "-o", source.name)}
     if not evidence.changed or evidence.update is None:
         return facts | {"then": ("plan", evidence.path_of("base"), "--ranks", str(chosen.rank))}
@@ -312,7 +321,7 @@ def _sweep_again(source: Source, options: Mapping[str, Any]) -> Iterator[str]:
     texts = [item for item in run.inputs if item.role in {"eval", "shifted"}]
     limits = [item.tensors for item in texts if item.notes]
     kinds = {kind.lower(): kind in run.settings.get("kind", "") for kind in ("DoRA", "rsLoRA")}
-    full = bool(run.settings.get("full_rates"))
+    full = bool(run.settings.get("full_lr"))
     options = {**options, **kinds, "full": full, "max_sequences": max(limits, default=None)}
     training_texts = [*source.paths("data"), "TRAIN_TEXT"]
     yield from ("probe", "sweep", *source.paths("base"), "--data", training_texts[0])
@@ -322,7 +331,7 @@ def _sweep_again(source: Source, options: Mapping[str, Any]) -> Iterator[str]:
             yield path
     for name, value in options.items():
         if name in declared and value and value != "all-linear":
-            yield declared[name][1].flag(name)
+            yield flag(name)
             if value is not True:
                 yield _format(value)
 
@@ -396,7 +405,7 @@ def _find_sufficient_rank(evidence: Evidence) -> Facts | None:
                 continue
             others = ""
             options: tuple[str, ...] = ()
-            if settings.get("rest") == "tuned" and kept_by_rank.get(0) != 0:
+            if settings.get("untruncated") == "tuned" and kept_by_rank.get(0) != 0:
                 others = " with the norms, biases, embeddings and head of TUNED"
                 options = ("--unfactored", "save")
                 if 0 in kept_by_rank:
@@ -535,7 +544,7 @@ def _find_unknown_loss(evidence: Evidence) -> Facts | None:
 
 _LOSS_RULES = ("fine-tune worse than BASE", "keep the adapter")
 RULES = (
-    Rule(
+    AdviceRule(
         "fine-tune worse than BASE",
         _find_worse_finetune,
         "Do not ship or imitate {tuned}: measure it on other held-out text first",
@@ -543,7 +552,7 @@ RULES = (
         "there.",
         "probe truncation {base} {tuned} --eval OTHER_TEXT --ranks 0 -o truncation-2.jsonl",
     ),
-    Rule(
+    AdviceRule(
         "keep the adapter",
         _find_equal_adapter,
         "No change: {adapter} does as well as the full fine-tune on held-out text",
@@ -551,7 +560,7 @@ RULES = (
         "Distances in weights do not contradict this.",
         "gate --policy adapter-basic --base {base} --adapter {adapter}",
     ),
-    Rule(
+    AdviceRule(
         "tuned",
         _find_tuned_configuration,
         "{action}",
@@ -560,7 +569,7 @@ RULES = (
         "probe outputs {base} out --eval {eval} -o outputs.jsonl",
         _LOSS_RULES,
     ),
-    Rule(
+    AdviceRule(
         "sweep",
         _find_swept_rank,
         "{action}",
@@ -568,7 +577,7 @@ RULES = (
         "{then}",
         ("keep the adapter", "tuned"),
     ),
-    Rule(
+    AdviceRule(
         "close the gap",
         _find_gap,
         "Do not ship {adapter} yet: train at r={ranks} and compare the held-out loss",
@@ -577,7 +586,7 @@ RULES = (
         "probe sweep {base} --data {data} --eval {eval} --ranks {ranks} -o sweep.jsonl",
         (*_LOSS_RULES, "tuned", "sweep"),
     ),
-    Rule(
+    AdviceRule(
         "scale",
         _find_scale,
         "Multiply lora_alpha of {adapters} by {by} and measure again, before changing any rank",
@@ -585,7 +594,7 @@ RULES = (
         "residual {base} {tuned} {adapters}",
         _LOSS_RULES,
     ),
-    Rule(
+    AdviceRule(
         "sufficient rank",
         _find_sufficient_rank,
         "Extract the update at r={rank}, without training",
@@ -593,7 +602,7 @@ RULES = (
         "extract {base} {tuned} --rank {rank} {unfactored} -o adapter/",
         _LOSS_RULES,
     ),
-    Rule(
+    AdviceRule(
         "measure the loss",
         _find_unknown_loss,
         "Measure the held-out loss of {subject} on {eval} before {before}",
@@ -601,7 +610,7 @@ RULES = (
         "probe {probe} {base} {tuned} {adapters} --eval {eval} -o {file}.jsonl",
         ("keep the adapter",),
     ),
-    Rule(
+    AdviceRule(
         "raise the rank",
         _find_small_rank,
         "{action}",

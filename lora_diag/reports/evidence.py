@@ -15,7 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.metrics.energy import curve_at
-from lora_diag.probes.outputs.show import Contest, choose_adapters, contests_of, deciding_sets
+from lora_diag.probes.outputs.show import (
+    AdapterContest,
+    choose_adapters,
+    contests_of,
+    deciding_sets,
+)
 from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe, Results
 from lora_diag.records.names import part_of
@@ -64,7 +69,7 @@ class Source:
         return len(self.results) or len(self.results.whole)
 
 
-class Capacity(NamedTuple):
+class RankCapacity(NamedTuple):
     """The energy of one layer's update within a rank.
 
     Args:
@@ -196,25 +201,25 @@ class Evidence:
         return rank_by_path
 
     @cached_property
-    def capacities(self) -> tuple[Capacity, ...]:
+    def capacities(self) -> tuple[RankCapacity, ...]:
         """Energy within the largest rank of any adapter, by layer; within ``DEFAULT_RANK`` without
         an adapter.
 
         Layers that no adapter changes are not counted.
         """
-        by_layer: dict[str, Capacity] = {}
+        by_layer: dict[str, RankCapacity] = {}
         # Of one layer, the largest rank is last.
         for record in sorted(self.adapted, key=lambda record: record.rank or 0):
             if record.epsilon_min is not None:
                 kept = 1 - record.epsilon_min**2
-                by_layer[record.layer] = Capacity(record.layer, record.rank or 0, kept)
+                by_layer[record.layer] = RankCapacity(record.layer, record.rank or 0, kept)
         if by_layer:
             return tuple(by_layer.values())
         capacities = []
         for spectrum in self.resolved:
             energy = energy_at(spectrum, DEFAULT_RANK)
             if energy is not None:
-                capacities.append(Capacity(spectrum.layer, DEFAULT_RANK, energy))
+                capacities.append(RankCapacity(spectrum.layer, DEFAULT_RANK, energy))
         return tuple(capacities)
 
     @cached_property
@@ -224,9 +229,9 @@ class Evidence:
         return tuple(record for record in records if record.rank)
 
     @cached_property
-    def contests(self) -> list[Contest]:
+    def contests(self) -> list[AdapterContest]:
         """The comparison of every adapter with a full fine-tune by losses."""
-        contests: list[Contest] = []
+        contests: list[AdapterContest] = []
         for _, records in self.losses("outputs"):
             contests += contests_of(records)
         return contests

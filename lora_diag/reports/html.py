@@ -36,8 +36,8 @@ from lora_diag.rendering.text import plain, safe, safe_lines, select_evenly, sho
 from lora_diag.reports.evidence import Evidence, Source, format_minute
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.subject import (
-    Section,
-    Subject,
+    ReportSubject,
+    RunSection,
     gate_outcome,
     labels,
     sections_of,
@@ -168,7 +168,7 @@ def _make_printable(value: Any) -> Any:
 
 
 def _list_parts(
-    subject: Subject, outcome: str, sections: Sequence[Section], layers: Sequence[str]
+    subject: ReportSubject, outcome: str, sections: Sequence[RunSection], layers: Sequence[str]
 ) -> list[tuple[str, str]]:
     """Return the ids and titles of the parts of the page; several runs of a command have whole
     titles.

@@ -18,7 +18,7 @@ from lora_diag.rendering.verdicts import verdict_grid
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.fields import fields_of, layers_of
 from lora_diag.reports.subject import (
-    Subject,
+    ReportSubject,
     gate_outcome,
     sections_of,
     subject_of,
@@ -144,7 +144,7 @@ def _format_grid(grid: Grid) -> str:
     return "\n\n".join(parts)
 
 
-def _make_advice(subject: Subject) -> list[str]:
+def _make_advice(subject: ReportSubject) -> list[str]:
     parts = ["## Next steps"] if subject.advice else []
     for position, step in enumerate(subject.advice, 1):
         about = f" About {', '.join(map(code, step.about))}." if step.about else ""

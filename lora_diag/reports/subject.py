@@ -23,7 +23,7 @@ from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 from lora_diag.rendering.statements import Statement, short_paths
 from lora_diag.rendering.tables import Grid
 from lora_diag.rendering.text import list_counts, safe
-from lora_diag.reports.advice import Step, advice
+from lora_diag.reports.advice import AdviceStep, advice
 from lora_diag.reports.evidence import Evidence, Source
 
 # Keys of statements that the list of runs already contains.
@@ -37,7 +37,7 @@ _TEXT_ROLES = {"data", "eval", "shifted", "results", "baseline", "policy", "buil
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class RunSection:
     """The section of one run.
 
     Args:
@@ -55,7 +55,7 @@ class Section:
     figures: tuple[str, ...]
 
 
-def sections_of(evidence: Evidence) -> list[Section]:
+def sections_of(evidence: Evidence) -> list[RunSection]:
     """Return a section for each run whose feature has one, in their declared order; runs of one
     command as given.
     """
@@ -67,7 +67,7 @@ def sections_of(evidence: Evidence) -> list[Section]:
         figures = kind.figures or tuple(figure.name for figure in feature.figures)
         for source in evidence.of_command(feature.name):
             statements: list[Statement] = feature.load(feature.statements)(source.results)
-            section = Section(
+            section = RunSection(
                 f"{kind.title}: {name_updates(source)}",
                 kind.title,
                 tuple(item for item in statements if item.key not in _KEYS_IN_RUN_LIST),
@@ -191,7 +191,7 @@ def _split_headline(answer: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class ReportSubject:
     """The first part of a report.
 
     Args:
@@ -204,13 +204,13 @@ class Subject:
     title: str
     answers: tuple[Answer, ...]
     unfinished: tuple[str, ...]
-    advice: tuple[Step, ...]
+    advice: tuple[AdviceStep, ...]
 
 
-def subject_of(evidence: Evidence) -> Subject:
+def subject_of(evidence: Evidence) -> ReportSubject:
     """Return the first part of a report on several runs."""
     unfinished = [source for source in evidence.sources if source.results.end is None]
-    return Subject(
+    return ReportSubject(
         title=_make_title(evidence),
         answers=tuple(answers(evidence)),
         unfinished=tuple(map(_describe_unfinished, unfinished)),
@@ -230,7 +230,7 @@ def labels(paths: Sequence[str]) -> list[str]:
     return [names[stem] or "run" for stem in stems]
 
 
-def _make_safe(step: Step) -> Step:
+def _make_safe(step: AdviceStep) -> AdviceStep:
     """Return a step with text that is safe to show; its ``layers`` and ``facts`` are unchanged."""
     return replace(
         step,

@@ -27,11 +27,11 @@ from lora_diag.reports.run import report
 from lora_diag.running.options import fill_options
 
 if TYPE_CHECKING:
-    from lora_diag.cli.options import Shown
+    from lora_diag.cli.options import OutputChoice
 
 
 def run_report(
-    shown: Shown,
+    shown: OutputChoice,
     results: Sequence[str],
     to: str | None,
     project: str | None,

@@ -28,7 +28,7 @@ from lora_diag.checkpoints.patches import open_tuned
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair, refuse_empty
 from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
-from lora_diag.gradients import Step, locate_rows
+from lora_diag.gradients import GradientStep, locate_rows
 from lora_diag.records import RunInput
 from lora_diag.running.fingerprint import (
     DIGITS,
@@ -41,7 +41,7 @@ from lora_diag.running.fingerprint import (
 )
 
 if TYPE_CHECKING:
-    from lora_diag.layers.metric import Moments, Weighting
+    from lora_diag.layers.metric import MomentLocation, Weighting
 
 # Metadata that ``probe activations`` writes: its matrices have names of weights, and would pair
 # with them.
@@ -385,7 +385,9 @@ def describe(
     )
 
 
-def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: bool) -> RunInput:
+def describe_steps(
+    paths: Sequence[Path | str], steps: Sequence[GradientStep], verify: bool
+) -> RunInput:
     """Return the description of the gradients of steps for the run record."""
     suffix = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     span = (
@@ -435,8 +437,8 @@ class SecondMoments:
     """
 
     described: RunInput
-    of: dict[str, Moments]
-    gradients: dict[str, Moments]
+    of: dict[str, MomentLocation]
+    gradients: dict[str, MomentLocation]
 
     def weighting(self, layer: str, kfac: bool) -> Weighting | None:
         """Return the weighting of a layer; None if the file does not have all it needs."""
@@ -468,7 +470,7 @@ def second_moments(
         NothingComparedError: No matrix is compared.
         UsageError: ``kfac``, and there are none of output gradients of a compared weight.
     """
-    from lora_diag.layers.metric import Moments  # deferred: imports torch
+    from lora_diag.layers.metric import MomentLocation  # deferred: imports torch
 
     stored = open_checkpoint(path)
     sizes: dict[str, int] = {}
@@ -493,15 +495,15 @@ def second_moments(
         base, {location.name: shapes[name] for name, location in located}, flag=False
     )
     compared = {delta.layer for delta in pairing.deltas if delta.is_matrix}
-    of: dict[str, Moments] = {}
-    gradients: dict[str, Moments] = {}
+    of: dict[str, MomentLocation] = {}
+    gradients: dict[str, MomentLocation] = {}
     for name, location in located:
         on_rows = orientation.in_out(location.name, shapes[name], base[location.name].shape)
         if location.layer in compared and location.shape[0 if on_rows else 1] == sizes[name]:
-            of[location.layer] = Moments(Side(stored, name), sizes[name], on_rows)
+            of[location.layer] = MomentLocation(Side(stored, name), sizes[name], on_rows)
             size = gradient_sizes.get(name)
             if size == location.shape[1 if on_rows else 0]:
-                gradients[location.layer] = Moments(
+                gradients[location.layer] = MomentLocation(
                     Side(stored, GRADIENTS + name), size, not on_rows
                 )
     if not compared:

@@ -9,13 +9,15 @@ sequences. A resumed run measures them again, since records keep rounded losses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from lora_diag.errors import InputError
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses
+from lora_diag.models.losses import LossesBySet
 from lora_diag.records import WholeRecord
+from lora_diag.records.probe import Subject
 from lora_diag.rendering.text import quantity
 from lora_diag.running.probing import ProbeRun
 from lora_diag.running.progress import RunRecords
@@ -34,6 +36,39 @@ class Contender(Protocol):
 
 
 C = TypeVar("C", bound=Contender)
+
+
+@dataclass(frozen=True, slots=True)
+class NamedModel:
+    """A contender of which records state the kind and the name.
+
+    Args:
+        subject: Kind of model, as in ``Probe``.
+        name: Its path or rule; empty for BASE and TUNED.
+        applied: Gives the model in memory its weights while the block runs.
+    """
+
+    subject: Subject
+    name: str = ""
+    applied: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    @property
+    def label(self) -> str:
+        """Its name, for progress and errors."""
+        return self.name or self.subject
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields that distinguish its records."""
+        return {"subject": self.subject, "name": self.name}
+
+
+def list_missing(
+    records: RunRecords[Any], texts: Iterable[Texts], contenders: Iterable[C]
+) -> list[C]:
+    """Return the contenders that lack a record on a set."""
+    names = [each.name for each in texts]
+    return [each for each in contenders if not records.has(names, **each.fields)]
 
 
 @dataclass
@@ -55,14 +90,9 @@ class Judge(Generic[C]):
     texts: Sequence[Texts]
     records: RunRecords[Any]
     ends: Sequence[C]
-    measure: Callable[[C], Sequence[Losses]]
+    measure: Callable[[C], LossesBySet]
     make_record: Callable[..., WholeRecord]
-    found: list[Sequence[Losses]] = field(default_factory=list)
-
-    def list_missing(self, contenders: Iterable[C]) -> list[C]:
-        """Return the contenders without a record on every set."""
-        names = [each.name for each in self.texts]
-        return [each for each in contenders if not self.records.has(names, **each.fields)]
+    found: list[LossesBySet] = field(default_factory=list)
 
     def judge(self, contenders: Iterable[C], later: int = 0, note: str = "") -> None:
         """Measure the ends, then the contenders that have no records yet.
@@ -75,14 +105,14 @@ class Judge(Generic[C]):
         Raises:
             InputError: A loss of an end is not finite.
         """
-        todo = self.list_missing(contenders)
+        todo = list_missing(self.records, self.texts, contenders)
         count = len(self.ends) + len(todo) + later
         self.run.watch.total = count * self.run.batches(self.texts)
         work = f"{count} losses on {quantity(len(self.texts), 'set')}"
         self.run.estimate(self.texts[0], work, note)
         for end in self.ends:
             losses = self.measure(end)
-            require_finite(end.label, self.texts, losses)
+            require_finite(end.label, losses)
             self.found.append(losses)
         for end, losses in zip(self.ends, self.found, strict=True):
             self._put(end, losses)
@@ -90,22 +120,23 @@ class Judge(Generic[C]):
 
     def add(self, contenders: Iterable[C]) -> None:
         """Measure contenders that have no records yet."""
-        for contender in self.list_missing(contenders):
+        for contender in list_missing(self.records, self.texts, contenders):
             self._put(contender, self.measure(contender))
 
-    def _put(self, contender: C, losses: Sequence[Losses]) -> None:
+    def _put(self, contender: C, losses: LossesBySet) -> None:
         """Write the records of a contender."""
-        for texts, own, *ends in zip(self.texts, losses, *self.found, strict=True):
+        for texts in self.texts:
+            own, *ends = (found[texts.name] for found in (losses, *self.found))
             self.records.put(self.make_record(contender, texts, own, *ends))
 
 
-def require_finite(name: str, texts: Iterable[Texts], losses: Iterable[Losses]) -> None:
+def require_finite(name: str, losses: LossesBySet) -> None:
     """Require that a model, given by its name, has a finite loss on every set.
 
     Raises:
         InputError: A loss is not finite.
     """
-    for each, own in zip(texts, losses, strict=True):
+    for text_set, own in losses.items():
         if not own.is_finite:
-            problem = f"its loss on {each.name} is not finite"
+            problem = f"its loss on {text_set} is not finite"
             raise InputError(name, problem, "check the weights, or use $dtype float32")

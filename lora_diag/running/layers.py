@@ -19,7 +19,7 @@ from lora_diag.errors import Given, MemoryLimitError, UsageError
 from lora_diag.layers.task import LayerSettings, left_out_rows, left_out_vector
 from lora_diag.records import LayerRecord, LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.running.amounts import read_bytes
-from lora_diag.running.engines import Layout, Ray, layout_for, run_local, run_ray
+from lora_diag.running.engines import MachineLayout, Ray, layout_for, run_local, run_ray
 from lora_diag.running.engines.schedule import Sized
 from lora_diag.running.inputs import Comparison, compare
 from lora_diag.running.options import G, fill_options, list_own_settings, stated_alpha
@@ -251,7 +251,7 @@ class LayerRun(Generic[G]):
         measure: Callable[..., Sequence[L | LeftOut]],
         size: Callable[..., int],
         settings: S,
-        unmeasured: Pairing | Callable[[Layout, str], Iterable[LeftOut]],
+        unmeasured: Pairing | Callable[[MachineLayout, str], Iterable[LeftOut]],
         inputs: tuple[RunInput, ...],
         own: Mapping[str, object],
         recorded: Sequence[str] = RECORDED,
@@ -344,7 +344,7 @@ class LayerRun(Generic[G]):
         tasks: Sequence[T],
         measure: Callable[[T], Sequence[L | LeftOut]],
         size: Callable[[T], int],
-        layout: Layout,
+        layout: MachineLayout,
         records: RunRecords[L],
     ) -> list[LeftOut]:
         """Measure layers on this machine or a cluster, write their records, and return those of
@@ -370,7 +370,7 @@ class LayerRun(Generic[G]):
             records.put(*(record for record in measured if not isinstance(record, LeftOut)))
         return left_out
 
-    def layout(self, tasks: Sequence[Sized]) -> Layout:
+    def layout(self, tasks: Sequence[Sized]) -> MachineLayout:
         """Return the allocation of this machine to layers; one large layer alone gets all cores.
 
         Raises:
@@ -402,7 +402,7 @@ def _measure_or_skip(
         )
 
 
-def leave_out(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOut]:
+def leave_out(pairing: Pairing, layout: MachineLayout, device: str) -> Iterator[LeftOut]:
     """Yield the records of the 1-D tensors of a pairing, and of the tensors that could not be
     paired.
 

@@ -30,7 +30,7 @@ from typing import (
     cast,
 )
 
-from lora_diag.errors import Given, UsageError
+from lora_diag.errors import Given, UsageError, flag
 from lora_diag.running.amounts import MAX_RATE
 
 if TYPE_CHECKING:
@@ -58,25 +58,27 @@ class Option:
         help: Help text, one complete line.
         metavar: Placeholder of its value on the command line; ``a|b`` for choices; empty for a
             flag.
-        flags: Names on the command line; default ``--`` and its name.
+        short: Short name on the command line, besides ``--`` and its name.
         panel: Part of the help that shows it, from ``PANELS``.
         completions: Words for shell completion, besides the choices.
         cli: Whether it exists on the command line.
         least: Smallest allowed number, also in a list; None for any.
         most: Largest allowed number, also in a list; None for any.
         between: Ends of the open interval of the number, or of each in a list; None for any.
+        former: Earlier name in Python and in the settings of records; empty for none.
     """
 
     default: Any
     help: str
     metavar: str = ""
-    flags: tuple[str, ...] = ()
+    short: str = ""
     panel: str = MEASUREMENT
     completions: tuple[str, ...] = ()
     cli: bool = True
     least: int | None = None
     most: int | None = None
     between: tuple[float, float] | None = None
+    former: str = ""
 
     def words(self) -> str:
         """Return the help text, with the placeholder of the value if that lists choices."""
@@ -104,9 +106,9 @@ class Option:
             else ()
         )
 
-    def flag(self, name: str) -> str:
-        """Return the option's name on the command line, given its name in Python."""
-        return self.flags[0] if self.flags else f"--{name.replace('_', '-')}"
+    def flags(self, name: str) -> tuple[str, ...]:
+        """Return the option's names on the command line, given its name in Python."""
+        return (flag(name), self.short) if self.short else (flag(name),)
 
     def checked(self, name: str, value: Any) -> Any:
         """Return a value, if the option allows it; text that is not parsed yet may have any number.
@@ -115,7 +117,6 @@ class Option:
             UsageError: The value is not a choice of the option, or outside its limits; or a list of
                 numbers is empty.
         """
-        name = self.flag(name).lstrip("-").replace("-", "_")
         if isinstance(value, str) and self.choices and value not in self.choices:
             raise UsageError(Given(name, value), "unknown value", f"use {', '.join(self.choices)}")
         if (
@@ -147,15 +148,13 @@ GRANULARITY = Option(
     "all",
     "Truncate all layers together, or each layer or module type alone.",
     "all|layer|type",
-    ("--granularity",),
+    former="per",
 )
-RATES = Option((), "Peak learning rates to try.", "X,X,...", ("--lr",), between=(0, MAX_RATE))
-FULL_RATES = Option(
-    (), "Peak learning rates of full fine-tuning.", "X,X,...", ("--full-lr",), between=(0, MAX_RATE)
-)
+LR = Option((), "Peak learning rates to try.", "X,X,...", between=(0, MAX_RATE), former="rates")
+FULL_LR = LR.by((), help="Peak learning rates of full fine-tuning.", former="full_rates")
 STEPS = Option(100, "Training steps of a run.", "N", least=1)
 RECOVER = Option(False, "Use the estimate of the update before rounding (see recover).")
-SEEDS = Option(2, "Training runs at the best learning rate.", "N", ("--repeats",), least=1)
+REPEATS = Option(2, "Training runs at the best learning rate.", "N", least=1, former="seeds")
 TOP = Option(None, "Compute only the K largest singular values; default: all.", "K")
 SHOW_RANK = Option(
     None, "Measured rank to show; default: depends on the records.", "R", panel=OUTPUT
@@ -164,9 +163,8 @@ WEIGHTS = Option(None, "Weight of each update; default: 1, of a mean 1/K.", "W,W
 CHECKPOINT = Option(
     False,
     "Write a checkpoint, BASE plus the update; default: an adapter.",
-    "",
-    ("--checkpoint",),
-    OUTPUT,
+    panel=OUTPUT,
+    former="full",
 )
 ENERGY = Option(None, "Smallest ranks that keep this fraction of Σσ², e.g. 0.9.", "FRACTION")
 PARAMS = Option(None, "Budget in trainable parameters, e.g. 10M.", "N")
@@ -177,26 +175,26 @@ OPTIMIZER = Option(
     "adamw", "Optimizer assumed by --memory-budget.", "adamw|adamw8bit|sgd|sgd_momentum"
 )
 ADAPTER_DTYPE = Option(
-    "float32", "Dtype of the adapter's weights.", "float32|bfloat16|float16", ("--adapter-dtype",)
+    "float32", "Dtype of the adapter's weights.", "float32|bfloat16|float16", former="dtype"
 )
 DORA = Option(False, "Train DoRA instead of LoRA.")
 CHECKPOINTING = Option(
     False, "Recompute activations in the backward pass: less memory, more time.", panel=EXECUTION
 )
 QUANTIZED = Option(None, "Round frozen weights to QLoRA's format; default: off.", "nf4|int8")
-TOLERANCE = Option(
+GAIN_TOLERANCE = Option(
     0.02,
     "Fraction of the gain that a smaller rank may lose.",
     "X",
-    ("--gain-tolerance",),
     between=(0, 1),
+    former="tolerance",
 )
 TARGET_MODULES = Option(
     (),
     "Modules to adapt, as PEFT names them; default: all linear layers except the head.",
     "NAME,NAME",
-    ("--target-modules",),
-    INPUTS,
+    panel=INPUTS,
+    former="targets",
 )
 RSLORA = Option(False, "Scale by lora_alpha/√r (rsLoRA) instead of lora_alpha/r.")
 SWEEP = Option(
@@ -343,7 +341,7 @@ class Output(TypedDict, total=False):
 
     output: Annotated[
         Path | str | None,
-        Option(None, "Results file (JSONL) to write.", "FILE", ("--output", "-o"), OUTPUT),
+        Option(None, "Results file (JSONL) to write.", "FILE", "-o", OUTPUT),
     ]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 
@@ -353,7 +351,7 @@ class VerdictOutputs(TypedDict, total=False):
 
     output: Annotated[
         Path | None,
-        Option(None, "Verdicts or findings (JSONL) to write.", "FILE", ("--output", "-o"), OUTPUT),
+        Option(None, "Verdicts or findings (JSONL) to write.", "FILE", "-o", OUTPUT),
     ]
     junit: Annotated[Path | None, Option(None, "JUnit report to write.", "FILE", panel=OUTPUT)]
     github: Annotated[
@@ -414,10 +412,14 @@ class LayerOptions(Matching, Accuracy, Resources, Output, Resuming, Callbacks, t
 class HeldOut(TypedDict, total=False):
     """Evaluation sets."""
 
-    evaluate: Annotated[
+    eval: Annotated[
         Sequence[Path | str],
         Option(
-            (), "Held-out text, JSONL or datasets folder; repeatable.", "FILE", ("--eval",), INPUTS
+            (),
+            "Held-out text, JSONL or datasets folder; repeatable.",
+            "FILE",
+            panel=INPUTS,
+            former="evaluate",
         ),
     ]
 
@@ -576,7 +578,9 @@ def fill_options(group: type[G], passed: Mapping[str, object]) -> G:
     """
     options = list_options(group)
     if unknown := next((name for name in passed if name not in options), None):
-        raise TypeError(f"unexpected keyword argument {unknown!r}; use one of {', '.join(options)}")
+        renamed = [name for name, (_, option) in options.items() if option.former == unknown]
+        names = renamed or [f"one of {', '.join(options)}"]
+        raise TypeError(f"unexpected keyword argument {unknown!r}; use {names[0]}")
     if missing := [
         name
         for name, (_, option) in options.items()
@@ -592,6 +596,16 @@ def fill_options(group: type[G], passed: Mapping[str, object]) -> G:
             Given("resume"), "give the results file of the interrupted run with $output"
         )
     return cast(G, filled)
+
+
+def rename_settings(group: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run record by today's names of the options.
+
+    >>> rename_settings(HeldOut, {"evaluate": ["a.txt"], "seed": 2})
+    {'eval': ['a.txt'], 'seed': 2}
+    """
+    names = {option.former: name for name, (_, option) in list_options(group).items()}
+    return {names.get(name, name): value for name, value in recorded.items()}
 
 
 def select_options(group: type[G], options: Mapping[str, object]) -> G:

@@ -18,11 +18,11 @@ from typing import ClassVar
 from lora_diag.adapters.layouts import LAYOUTS
 from lora_diag.adapters.source import CONFIG
 from lora_diag.adapters.writing import WEIGHTS
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import InputError, UsageError, flag
 from lora_diag.files import check_folder_of, lock, sync, write_whole
 from lora_diag.records import Run
 from lora_diag.running.fingerprint import legible
-from lora_diag.running.options import list_options, list_typed_options
+from lora_diag.running.options import list_typed_options
 
 CARD = "README.md"
 FACTORS = "factors"
@@ -262,8 +262,7 @@ def list_words(group: type, run: Run, *others: str) -> list[str]:
     for name, value in list_typed_options(group, run.settings).items():
         if name not in {"device", *others}:
             typed = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            words += [
-                list_options(group)[name][1].flag(name),
-                *([] if value is True else [legible(typed)]),
-            ]
+            words.append(flag(name))
+            if value is not True:
+                words.append(legible(typed))
     return words

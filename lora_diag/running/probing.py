@@ -14,14 +14,14 @@ from torch import Tensor
 from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.checkpoints import Checkpoint, check_exists
 from lora_diag.deltas import Delta, Pairing
-from lora_diag.errors import Given, UsageError
+from lora_diag.errors import Given, UsageError, flag
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.data import Texts, check_names, check_texts, name_apart, read_texts
-from lora_diag.models.losses import Losses, measure
+from lora_diag.models.losses import LossesBySet, measure
 from lora_diag.models.opening import Model, open_model
 from lora_diag.records import LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.rendering.text import duration
-from lora_diag.running.engines import Layout
+from lora_diag.running.engines import MachineLayout
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, compare, describe
 from lora_diag.running.layers import leave_out
@@ -151,12 +151,12 @@ class ProbeRun(Generic[G]):
             InputError: A path does not exist, or a folder holds no data set or several splits.
         """
         options = self.values
-        if needs_set and not options["evaluate"]:
+        if needs_set and not options["eval"]:
             raise UsageError(Given("eval"), "missing", "give at least one file of held-out text")
         for path in models:
             check_exists(path)
         data = [options["data"]] if "data" in options else []
-        for path in (*options["evaluate"], *options.get("shifted", ()), *data):
+        for path in (*options["eval"], *options.get("shifted", ()), *data):
             check_texts(path)
 
     def read_sets(self, labels: Sequence[str | None] = ()) -> list[Texts]:
@@ -172,7 +172,7 @@ class ProbeRun(Generic[G]):
         """
         shifted = self.values.get("shifted", ())
         texts = [
-            *map(self.read, self.values["evaluate"]),
+            *map(self.read, self.values["eval"]),
             *(self.read(path, shifted=True) for path in shifted),
         ]
         texts = name_apart(texts, labels)
@@ -209,7 +209,7 @@ class ProbeRun(Generic[G]):
                 before, after = (
                     re.sub(r"[() ]|,\)", "", str(each)) for each in (whole[name], value)
                 )
-                self.reduced[name] = f"{self._declared[name][1].flag(name)} {after} (of {before})"
+                self.reduced[name] = f"{flag(name)} {after} (of {before})"
                 self.values[name] = value
         if self.reduced:
             time_of_two_cores = duration(600 * count() * self.params / work)
@@ -238,10 +238,10 @@ class ProbeRun(Generic[G]):
         """Return the number of batches of evaluation sets."""
         return sum(text_set.count_batches(self.batch) for text_set in texts)
 
-    def measure(self, texts: Iterable[Texts], label: str) -> list[Losses]:
+    def measure(self, texts: Iterable[Texts], label: str) -> LossesBySet:
         """Return the losses of the open model on sets; every batch is reported with a label."""
         after = partial(self.watch.batch, label)
-        return [measure(self.model, each, self.batch, after) for each in texts]
+        return {each.name: measure(self.model, each, self.batch, after) for each in texts}
 
     def estimate(
         self,
@@ -333,7 +333,7 @@ def left_out(pairing: Pairing, absent: Iterable[Delta]) -> list[LeftOut]:
     """
     detail = "the model that transformers builds of BASE has no such weight"
     return [
-        *leave_out(Pairing((), pairing.unpaired), Layout(1, 1), "cpu"),
+        *leave_out(Pairing((), pairing.unpaired), MachineLayout(1, 1), "cpu"),
         *(
             LeftOut(layer=d.layer, shape=d.shape, reason="not_in_model", detail=detail)
             for d in absent

@@ -31,11 +31,11 @@ from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.data import Texts, read_texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import Model, open_model
-from lora_diag.models.training import RECIPE, Lora, Training, check_checkpointing
+from lora_diag.models.training import RECIPE, Lora, TrainingSettings, check_checkpointing
 from lora_diag.records import RunInput, WholeRecord
 from lora_diag.rendering.text import duration, quantity
 from lora_diag.running.amounts import find_best_rates, next_rate
-from lora_diag.running.engines import Layout, Ray, capacity_of, connect, run_ray
+from lora_diag.running.engines import MachineLayout, Ray, capacity_of, connect, run_ray
 from lora_diag.running.layers import plan_device
 from lora_diag.running.options import G
 from lora_diag.running.probing import ProbeRun, Reductions, describe_texts
@@ -90,11 +90,13 @@ class RunTask:
 
 # Trains one run on a worker; returns its records. Arguments: the model, the descriptor of the run,
 # settings, evaluation sets, and a function to call after every step and batch.
-TrainTask = Callable[[Model, Any, Training, Sequence[Texts], Callable[[], None]], Sequence[Any]]
+TrainTask = Callable[
+    [Model, Any, TrainingSettings, Sequence[Texts], Callable[[], None]], Sequence[Any]
+]
 
 
 @dataclass(frozen=True)
-class Workers:
+class ProbeWorkers:
     """The workers of one probe.
 
     Args:
@@ -106,13 +108,13 @@ class Workers:
 
     site: Site
     on: Ray
-    layout: Layout
+    layout: MachineLayout
     slots: int
 
     def run(
         self,
         train: TrainTask,
-        training: Training,
+        training: TrainingSettings,
         runs: Sequence[tuple[str, Any]],
         poll: Callable[[], None],
     ) -> Iterator[Sequence[Any]]:
@@ -132,13 +134,13 @@ class Workers:
         )
 
 
-def layout_of_runs(concurrent: int | None) -> Layout:
+def layout_of_runs(concurrent: int | None) -> MachineLayout:
     """Return the allocation of a node to concurrent runs; to one if their number is None."""
-    return Layout(torch.get_num_threads(), (concurrent or 1) * UNBATCHED_BYTES)
+    return MachineLayout(torch.get_num_threads(), (concurrent or 1) * UNBATCHED_BYTES)
 
 
 def train_on_worker(
-    site: Site, train: TrainTask, training: Training, task: RunTask
+    site: Site, train: TrainTask, training: TrainingSettings, task: RunTask
 ) -> Sequence[Any]:
     """Train one run on a worker of a cluster, and return its records.
 
@@ -195,7 +197,7 @@ def _read_same_texts(described: Texts, model: Model, max_sequences: int | None) 
 
 
 # Trains one run; returns its records. Arguments: as the last three of ``TrainTask``.
-Train = Callable[[Training, Sequence[Texts], Callable[[], None]], Sequence[WholeRecord]]
+Train = Callable[[TrainingSettings, Sequence[Texts], Callable[[], None]], Sequence[WholeRecord]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +236,7 @@ class Arm:
     rates: tuple[float, ...]
     trial: Callable[[int | None, float, int], Trial]
     earlier: tuple[float, ...] = ()
-    workers: Workers | None = None
+    workers: ProbeWorkers | None = None
     train: TrainTask | None = None
 
 
@@ -250,7 +252,7 @@ class RunPlan:
         kept: The records.
     """
 
-    training: Training
+    training: TrainingSettings
     sets: Sequence[Texts]
     seeds: int
     widen: int
@@ -435,7 +437,7 @@ class RunPlan:
 
 
 def time_steps(
-    train: Callable[..., Any], training: Training, sets: Sequence[Texts]
+    train: Callable[..., Any], training: TrainingSettings, sets: Sequence[Texts]
 ) -> tuple[float, float]:
     """Measure and return the seconds of one training step, the second of two, and of one batch of
     an evaluation.
@@ -471,7 +473,7 @@ class TrainRun(ProbeRun[G]):
     """
 
     sets: list[Texts]
-    training: Training
+    training: TrainingSettings
     on: Ray | None = None
 
     def read_all(self, kind: Lora | None = None) -> None:
@@ -494,7 +496,7 @@ class TrainRun(ProbeRun[G]):
         checkpointing = options.get("gradient_checkpointing", False)
         if checkpointing:
             check_checkpointing(self.model.module)
-        self.training = Training(
+        self.training = TrainingSettings(
             texts,
             options["steps"],
             self.batch,
@@ -516,7 +518,7 @@ class TrainRun(ProbeRun[G]):
         """
         options, text = self.values, self.training.texts.sequences
         widened = options["widen"] * (len(rates) > 1)
-        runs = sizes * (len(set(rates)) + widened + options["seeds"] - 1)
+        runs = sizes * (len(set(rates)) + widened + options["repeats"] - 1)
         tokens = self.batch * sum(len(sequence.ids) for sequence in text) / len(text)
         training = options["steps"] * (step * tokens + extra)
         return float(runs * (training + self.count_tokens(self.sets)))
@@ -576,7 +578,7 @@ class TrainRun(ProbeRun[G]):
             finally:
                 torch.set_num_threads(cores)
 
-    def workers(self, base: Path | str, stored: Checkpoint) -> Workers | None:
+    def workers(self, base: Path | str, stored: Checkpoint) -> ProbeWorkers | None:
         """Return the workers of the cluster, once the texts are read; None without a cluster.
 
         Args:
@@ -597,7 +599,7 @@ class TrainRun(ProbeRun[G]):
         )
         layout = layout_of_runs(options["concurrent"])
         slots, _ = capacity_of(self.on, layout, UNBATCHED_BYTES)
-        return Workers(site, self.on, layout, slots)
+        return ProbeWorkers(site, self.on, layout, slots)
 
     def inputs(self, stored: Checkpoint) -> list[RunInput]:
         """Return the descriptions of BASE and the texts for the run record."""
@@ -609,7 +611,7 @@ class TrainRun(ProbeRun[G]):
 
     def training_settings(self) -> dict[str, Any]:
         """Return the training settings for the run record."""
-        settings = self.settings("widen", "steps", "seeds", "seed")
+        settings = self.settings("widen", "steps", "repeats", "seed")
         settings["order"] = self.training.order_hash
         settings["optimizer"] = RECIPE
         if self.training.checkpointing:
@@ -621,5 +623,5 @@ class TrainRun(ProbeRun[G]):
         have extended.
         """
         return RunPlan(
-            self.training, self.sets, kept.run.settings["seeds"], self.values["widen"], kept
+            self.training, self.sets, kept.run.settings["repeats"], self.values["widen"], kept
         )

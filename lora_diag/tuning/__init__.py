@@ -37,12 +37,12 @@ class TuneOptions(
         str | None, Option(None, "Time limit, e.g. 2h or 90min; default: none.", "TIME")
     ]
     ranks: Annotated[Sequence[int], options.RANKS.by(())]
-    rates: Annotated[Sequence[float], options.RATES.by((1e-4, 3e-4, 1e-3, 3e-3))]
+    lr: Annotated[Sequence[float], options.LR.by((1e-4, 3e-4, 1e-3, 3e-3))]
     gradient_checkpointing: Annotated[bool, options.CHECKPOINTING]
     steps: Annotated[int, options.STEPS]
-    seeds: Annotated[int, options.SEEDS.by(3)]
-    tolerance: Annotated[float, options.TOLERANCE]
-    targets: Annotated[Sequence[str], options.TARGET_MODULES]
+    repeats: Annotated[int, options.REPEATS.by(3)]
+    gain_tolerance: Annotated[float, options.GAIN_TOLERANCE]
+    target_modules: Annotated[Sequence[str], options.TARGET_MODULES]
     dora: Annotated[bool, options.DORA]
     rslora: Annotated[bool, options.RSLORA]
     quantized: Annotated[str | None, options.QUANTIZED]
@@ -60,15 +60,15 @@ class TuneOptions(
     ]
 
 
-class CommandOptions(TypedDict, total=False):
+class TuneCommandOptions(TypedDict, total=False):
     """Options of the command only."""
 
     output: Annotated[
         Path,
-        Option(options.REQUIRED, "Folder of the run.", "DIR", ("--output", "-o"), options.OUTPUT),
+        Option(options.REQUIRED, "Folder of the run.", "DIR", "-o", options.OUTPUT),
     ]
     yes: Annotated[
-        bool, Option(False, "Start without asking.", flags=("--yes", "-y"), panel=options.EXECUTION)
+        bool, Option(False, "Start without asking.", short="-y", panel=options.EXECUTION)
     ]
 
 
@@ -88,7 +88,7 @@ FEATURE = Feature(
             ),
             run=".command:run_tune",
             arguments=(BASE_ARGUMENT,),
-            options=(CommandOptions, TuneOptions),
+            options=(TuneCommandOptions, TuneOptions),
             shows=("json", "quiet", "verbose"),
             call=True,
         ),

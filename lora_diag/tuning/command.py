@@ -12,12 +12,12 @@ from lora_diag.errors import DONE, INCONCLUSIVE, UsageError
 from lora_diag.tuning import TuneOptions
 
 if TYPE_CHECKING:
-    from lora_diag.cli.options import Shown
+    from lora_diag.cli.options import OutputChoice
     from lora_diag.tuning.record import TunePlan
 
 
 def run_tune(
-    shown: Shown, base: str, *, output: Path, yes: bool, **options: Unpack[TuneOptions]
+    shown: OutputChoice, base: str, *, output: Path, yes: bool, **options: Unpack[TuneOptions]
 ) -> int:
     """Print a new plan, train once it is confirmed, print the choice, and return the exit code.
 

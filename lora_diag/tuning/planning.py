@@ -24,7 +24,7 @@ from typing import Any
 from torch import nn
 
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.decisions.allocate.peft_config import Scaling, make_config, make_peft_config
+from lora_diag.decisions.allocate.peft_config import PeftScaling, make_config, make_peft_config
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.plan.measure import plan
 from lora_diag.errors import Given, InputError, UsageError
@@ -298,7 +298,7 @@ def repeat_omissions(plan: TunePlan, names: Collection[str]) -> TunePlan:
 
 
 @dataclass
-class Deadline:
+class SearchDeadline:
     """The time limit of a search, and the pace of its runs.
 
     Args:
@@ -380,7 +380,7 @@ def halve_rates(losses: Mapping[tuple[int, float], float | None]) -> tuple[float
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class TuneTarget:
     """The layers that get an adapter.
 
     Args:
@@ -422,7 +422,7 @@ class Target:
 
     def config_of(self, allocation: Results[Allocation]) -> dict[str, object]:
         """Return the configuration of allocated ranks, of the same kind as that of one rank."""
-        config = make_peft_config(allocation, Scaling(rslora=self.kind.rslora))
+        config = make_peft_config(allocation, PeftScaling(rslora=self.kind.rslora))
         config["task_type"] = self.task
         if self.kind.rslora:
             config["lora_alpha"] = RSLORA_ALPHA
@@ -431,7 +431,7 @@ class Target:
         return config
 
 
-def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora) -> Target:
+def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora) -> TuneTarget:
     """Return the layers that get an adapter.
 
     Args:
@@ -451,7 +451,7 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
         )
     stored_names = Weights(model.module).base_names(stored)
     paths = [path for path, _ in model.module.named_modules()]
-    return Target(
+    return TuneTarget(
         layers,
         {path: stored_names.get(f"{path}.weight", f"{path}.weight") for path in layers},
         {path: shape_of(layer) for path, layer in layers.items()},
@@ -464,7 +464,11 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
 
 
 def plan_of(
-    base: Path | str, run: TrainRun[TuneOptions], target: Target, limit: float | None, slots: int
+    base: Path | str,
+    run: TrainRun[TuneOptions],
+    target: TuneTarget,
+    limit: float | None,
+    slots: int,
 ) -> TunePlan:
     """Return the plan of a search.
 
@@ -543,8 +547,8 @@ def _make_settings(options: TuneOptions, largest: int) -> dict[str, Any]:
         "ranks": tuple(check_ranks(options["ranks"]))
         if options["ranks"]
         else ranks_within(largest),
-        "rates": tuple(sorted(set(options["rates"]))),
-        "repeats": options["seeds"],
+        "rates": tuple(sorted(set(options["lr"]))),
+        "repeats": options["repeats"],
         "widen": options["widen"],
         **WHOLE_SEARCH,
     }

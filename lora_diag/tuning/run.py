@@ -30,7 +30,14 @@ from lora_diag.running.options import show_options
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import TrainRun
 from lora_diag.tuning import TuneOptions
-from lora_diag.tuning.planning import EVALUATIONS, Deadline, Target, extend_plan, plan_of, target_of
+from lora_diag.tuning.planning import (
+    EVALUATIONS,
+    SearchDeadline,
+    TuneTarget,
+    extend_plan,
+    plan_of,
+    target_of,
+)
 from lora_diag.tuning.record import Tune, TunePlan, TuneTrial
 from lora_diag.tuning.search import Tuner
 from lora_diag.tuning.trials import ADAPTER, Variant, replace_folder
@@ -60,7 +67,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         output: Folder of the run. It gets the records, ``adapter_config.json``, ``adapter/``, a
             report and configs.
         data: Training data: text, JSONL or a data set.
-        evaluate: Held-out files of the same kind; the first decides.
+        eval: Held-out files of the same kind; the first decides.
         shifted: Files of another kind.
         params: Budget: trainable parameters, such as ``"10M"``.
         memory_budget: Budget: bytes of the adapter, its gradients and AdamW's state.
@@ -95,7 +102,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         ...     "sample_checkpoints/base",
         ...     "run/",
         ...     data="train.txt",  # doctest: +SKIP
-        ...     evaluate=["held_out.txt"],
+        ...     eval=["held_out.txt"],
         ...     params="10k",
         ...     time="10min",
         ... )
@@ -105,7 +112,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     options, folder = run.options, Path(output)
     _check_output(folder, options)
     limit = None if options["time"] is None else read_time(options["time"])
-    deadline = Deadline(limit)  # counts from here
+    deadline = SearchDeadline(limit)  # counts from here
     if (options["params"] is None) == (options["memory_budget"] is None):
         raise UsageError("tune", "needs exactly one budget", "give $params or $memory_budget")
     run.check_files(base)
@@ -116,7 +123,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         run.read_all(kind)
         if limit is not None or (earlier is not None and earlier.limit is not None):
             run.sets = run.fit(run.sets, lambda: EVALUATIONS * run.count_tokens(run.sets))
-        target = target_of(model, stored, options["targets"], kind)
+        target = target_of(model, stored, options["target_modules"], kind)
         workers, plan = run.workers(base, stored), earlier
         slots = 1 if workers is None else workers.slots
         if earlier is None:
@@ -169,17 +176,17 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     return results
 
 
-def _make_settings(run: TrainRun[TuneOptions], target: Target) -> dict[str, Any]:
+def _make_settings(run: TrainRun[TuneOptions], target: TuneTarget) -> dict[str, Any]:
     options = run.options
     budgets = {"params": options["params"], "memory_budget": options["memory_budget"]}
     given = {name: legible(str(value)) for name, value in budgets.items() if value is not None}
     return {
         **given,
-        "rates": sorted(set(options["rates"])),
+        "lr": sorted(set(options["lr"])),
         "ranks": list(options["ranks"]),
         **run.training_settings(),
-        "tolerance": options["tolerance"],
-        "targets": list(options["targets"]) or "all-linear",
+        "gain_tolerance": options["gain_tolerance"],
+        "target_modules": list(options["target_modules"]) or "all-linear",
         "matrices": len(target.shapes),
         "kind": target.kind.description,
         "quantized": options["quantized"],
@@ -305,7 +312,7 @@ def write_outputs(
         )
         gate = f"{note}{gate}"
     write_whole(folder / "gate.toml", gate)
-    data = (str(run.options["data"]), str(run.options["evaluate"][0]))
+    data = (str(run.options["data"]), str(run.options["eval"][0]))
     settings = {"batch": run.batch, "length": run.model.length}
     for name, text in configs(str(base), data, variant, uniform, settings).items():
         write_whole(folder / name, text)

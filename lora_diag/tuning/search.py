@@ -19,14 +19,14 @@ from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.allocate.run import allocate
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InconclusiveError, LoradiagError
-from lora_diag.models.training import Training, layers_without_head
+from lora_diag.models.training import TrainingSettings, layers_without_head
 from lora_diag.probes.sweep.measure import probe_sweep
 from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe, Results
 from lora_diag.running.progress import Progress, RunRecords
-from lora_diag.running.training_runs import TrainRun, Workers
+from lora_diag.running.training_runs import ProbeWorkers, TrainRun
 from lora_diag.tuning import TuneOptions, planning, trials
-from lora_diag.tuning.planning import COMPARED, Deadline, Omission, Target
+from lora_diag.tuning.planning import COMPARED, Omission, SearchDeadline, TuneTarget
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.trials import ADAPTER, Contest, Gap, RankChoice, TrialRun, Trials, Variant
 
@@ -48,7 +48,7 @@ MAX_NAMED = 4
 # Options that every sweep of a search has in common.
 SWEEP_OPTIONS = (
     "data",
-    "evaluate",
+    "eval",
     "shifted",
     "batch",
     "max_sequences",
@@ -58,8 +58,8 @@ SWEEP_OPTIONS = (
     "device",
     "concurrent",
     "seed",
-    "tolerance",
-    "targets",
+    "gain_tolerance",
+    "target_modules",
     "dora",
     "rslora",
     "quantized",
@@ -104,11 +104,11 @@ class Tuner:
     base: Path | str
     folder: Path
     run_: TrainRun[TuneOptions]
-    target: Target
+    target: TuneTarget
     plan: TunePlan
     kept: RunRecords[Any]
-    deadline: Deadline
-    workers: Workers | None = None
+    deadline: SearchDeadline
+    workers: ProbeWorkers | None = None
     swept: Swept = field(init=False)
     choice: RankChoice = field(init=False)
     _seen: int = 0
@@ -121,7 +121,7 @@ class Tuner:
 
     def __post_init__(self) -> None:
         self.first_seed: int = self.run_.options["seed"]
-        self.training: Training = replace(self.run_.training, steps=self.plan.steps)
+        self.training: TrainingSettings = replace(self.run_.training, steps=self.plan.steps)
         sets = self.run_.sets
         self.own = next((texts.name for texts in sets if not texts.shifted), sets[0].name)
         self.shifted = [texts.name for texts in sets if texts.shifted and texts.name != self.own]
@@ -411,7 +411,7 @@ class Tuner:
         if path.is_file() and self.left < 0:
             return read_results(path)
         with self._limit_time():
-            given = {"ranks": ranks, "rates": rates, "seeds": seeds, **shared, **options}
+            given = {"ranks": ranks, "lr": rates, "repeats": seeds, **shared, **options}
             probe_sweep(self.base, output=path, resume=path.is_file(), **given)
         return read_results(path)
 
@@ -449,7 +449,7 @@ class Tuner:
         Without a time limit nothing is done: the sweep has the same runs.
         """
         path = self.folder / "sweep.jsonl"
-        if self.plan.limit is None or (path.is_file() and self._read_swept_setting("seeds") > 1):
+        if self.plan.limit is None or (path.is_file() and self._read_swept_setting("repeats") > 1):
             return
         self._run_sweep(path.name, self.plan.ranks, rates, 1)
         self._adapt_plan(planning.AFTER_GRID, is_grid_done=True)
@@ -466,7 +466,7 @@ class Tuner:
         plan = self.plan
         full: dict[str, Any] = {}
         if plan.full:
-            full = {"full": True, "full_rates": [rate * FULL_OVER_LORA for rate in rates]}
+            full = {"full": True, "full_lr": [rate * FULL_OVER_LORA for rate in rates]}
         results = self._run_sweep("sweep.jsonl", ranks, rates, repeats, **full)
         if results.end is None:
             self.decide("ranks", "the rest of the sweep", "not tried", "--time was reached")
@@ -497,7 +497,7 @@ class Tuner:
         plan = self.plan
         repeats = plan.repeats
         self._record_rank("coarse", *self._sweep_ranks(rates, plan.ranks, repeats))
-        rates = self._read_swept_setting("rates")
+        rates = self._read_swept_setting("lr")
         needed = self.swept.verdict.needed_seeds
         if not self.choice.significant and plan.more_seeds and needed is not None:
             if why := self._explain_no_more_seeds(needed):
@@ -524,7 +524,7 @@ class Tuner:
         if needed > 2 * repeats:
             return f"about {needed} would decide, more than twice those of the plan"
         runs = len(self.swept.ranks) * (needed - repeats)
-        if self._read_swept_setting("seeds") < needed and not self.allows(runs):
+        if self._read_swept_setting("repeats") < needed and not self.allows(runs):
             return f"no time was left; about {needed} would decide"
         return ""
 

@@ -31,23 +31,23 @@ from lora_diag.metrics.statistics import errors_needed, paired_difference, paire
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import measure
 from lora_diag.models.opening import Model
-from lora_diag.models.swapping import FULL
 from lora_diag.models.training import (
     Cell,
     Lora,
-    Training,
+    TrainingSettings,
     add_lora,
     count_trained,
     layers_without_head,
     load_factors,
     losses_after,
 )
-from lora_diag.probes.outputs.measure import Contender, measure_outputs
+from lora_diag.probes.outputs.measure import measure_outputs
 from lora_diag.probes.sweep.measure import round_weights
 from lora_diag.probes.sweep.verdict import Swept, find_diverged
 from lora_diag.records import Probe
+from lora_diag.running.judging import NamedModel
 from lora_diag.running.progress import RunRecords
-from lora_diag.running.training_runs import Workers
+from lora_diag.running.training_runs import ProbeWorkers
 from lora_diag.tuning.record import TunePlan, TuneTrial
 
 DROPOUT, WEIGHT_DECAY = 0.1, 0.1
@@ -485,12 +485,12 @@ class Trials:
     """
 
     model: Model
-    training: Training
+    training: TrainingSettings
     sets: Sequence[Texts]
     kept: RunRecords[Any]
     grid: str | None
     after: Callable[..., None]
-    workers: Workers | None = None
+    workers: ProbeWorkers | None = None
 
     @property
     def records(self) -> list[TuneTrial]:
@@ -580,9 +580,10 @@ class Trials:
             add_lora(self.model, int(variant.config["r"]), Lora(config=variant.config)) as tuned,
         ):
             load_factors(tuned, folder / ADAPTER)
+            tuned.module.disable_adapter_layers()
             contenders = [
-                Contender("base", "", None),
-                Contender("adapter", variant.name, _Adapter(tuned.module)),
+                NamedModel("base"),
+                NamedModel("adapter", variant.name, partial(_enable_adapter, tuned.module)),
             ]
             for texts in self.sets:
                 self.kept.put(
@@ -641,7 +642,7 @@ def train_variant(
     grid: str | None,
     model: Model,
     run: TrialRun,
-    training: Training,
+    training: TrainingSettings,
     sets: Sequence[Texts],
     after_step: Callable[[], None],
 ) -> list[TuneTrial]:
@@ -712,24 +713,12 @@ def save_adapter(module: Any, folder: Path) -> None:
         (part / "README.md").unlink(missing_ok=True)
 
 
-class _Adapter:
-    """An adapter of PEFT in a model, disabled at first.
-
-    Args:
-        module: The model as PEFT wraps it.
-    """
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-        self.arrange({})
-
-    def arrange(self, ranks: Mapping[str, int], others: int = 0) -> None:
-        """Enable the adapter for ``others=FULL``, disable it for 0."""
-        (
-            self._module.enable_adapter_layers
-            if others == FULL
-            else self._module.disable_adapter_layers
-        )()
+@contextmanager
+def _enable_adapter(module: Any) -> Iterator[None]:
+    """Enable the adapter of a model, as PEFT wraps it, while the block runs."""
+    module.enable_adapter_layers()
+    yield
+    module.disable_adapter_layers()
 
 
 def target_modules(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

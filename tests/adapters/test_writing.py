@@ -16,13 +16,13 @@ import lora_diag
 from lora_diag.adapters import open_adapter
 from lora_diag.adapters.writing import (
     Described,
-    Part,
+    LayerFactors,
     check_written,
     read_config_ranks,
     store_factors,
     write_adapter,
 )
-from lora_diag.adapters.writing_targets import Model, Target
+from lora_diag.adapters.writing_targets import MemoryModel, PeftTarget
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import pair
 from lora_diag.errors import InputError
@@ -377,8 +377,8 @@ def test_adapter_that_reads_back_differently_is_refused(tmp_path):
     """The errors that were measured must be those of the file."""
     torch.manual_seed(0)
     base = open_checkpoint(write_base(tmp_path, {"q_proj.weight": np.zeros((6, 5))}))
-    target = Target("q_proj.weight", (6, 5), "q_proj", "linear")
-    part = Part(target, 2, tmp_path / "factors.safetensors")
+    target = PeftTarget("q_proj.weight", (6, 5), "q_proj", "linear")
+    part = LayerFactors(target, 2, tmp_path / "factors.safetensors")
     store_factors(part.file, torch.randn(6, 2), torch.randn(2, 5))
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -391,7 +391,9 @@ def test_adapter_that_reads_back_differently_is_refused(tmp_path):
 
 
 def test_ranks_of_config_are_shared_by_halves_of_fused_parameter(tmp_path):
-    target = Target("experts.0.w1.weight", (5, 8), "experts.gate_up_proj", "parameter", half=(0, 2))
+    target = PeftTarget(
+        "experts.0.w1.weight", (5, 8), "experts.gate_up_proj", "parameter", half=(0, 2)
+    )
     path = tmp_path / "adapter_config.json"
     for rank, each in ((6, 3), (1, 1)):
         path.write_text(
@@ -409,14 +411,14 @@ def test_square_experts_are_not_transposed_and_towers_keep_names(tmp_path):
     base = open_checkpoint(
         write_base(tmp_path, {experts: normal(2, 6, 6)}, {"model_type": "qwen3_vl_moe"})
     )
-    targets = [Model(base).find_target(delta) for delta in pair(base, base).deltas]
+    targets = [MemoryModel(base).find_target(delta) for delta in pair(base, base).deltas]
     assert [(target.expert, target.transposed) for target in targets] == [
         ((0, 2), False),
         ((1, 2), False),
     ]
     towers = ("audio_tower", "vision_tower", "multi_modal_projector")
     names = ["language_model.model.fc.weight", *(f"{tower}.fc.weight" for tower in towers)]
-    model = Model(
+    model = MemoryModel(
         open_checkpoint(
             write_base(tmp_path / "qwen2_audio", {name: normal(4, 6) for name in names})
         )

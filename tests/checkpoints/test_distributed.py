@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.checkpoints.inert import Record, load
+from lora_diag.checkpoints.inert import PickledObject, load
 from lora_diag.errors import InputError
 from lora_diag.running.fingerprint import fingerprint
 from tests.checkpoints.sharding import Canary, assert_same, save_dcp, save_ranks
@@ -201,7 +201,7 @@ def test_pickle_in_index_or_shard_is_not_executed(tmp_path, protocol):
     )
     assert_same(open_checkpoint(folder), TENSORS)
     result = load(pickle.dumps([canary, {"a": canary}], protocol), tmp_path, "it")
-    assert isinstance(result[0], Record)
+    assert isinstance(result[0], PickledObject)
     assert result[0].name in {"touch", "getattr", "Path.touch"}
     torch.save({"w": torch.ones(2), "c": canary}, tmp_path / "model_world_size_1_rank_0.pt")
     assert list(open_checkpoint(tmp_path)) == ["w"]

@@ -13,7 +13,7 @@ import torch
 
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.checkpoints.safetensors import SafetensorsFile
-from lora_diag.checkpoints.scaled import Grid, grid_of
+from lora_diag.checkpoints.scaled import ScaleGrid, grid_of
 from lora_diag.errors import InputError
 from tests.checkpoints import quantizing
 from tests.checkpoints.quantizing import (
@@ -411,7 +411,7 @@ def test_blocks_of_128_are_inferred(tmp_path, shape, scales, block):
         tmp_path, {"a": torch.zeros(shape, dtype=torch.int8), "s": torch.ones(scales)}
     )
     stored = Checkpoint(folder, "", (SafetensorsFile(folder / "model.safetensors"),))
-    assert grid_of(stored, "a", "s") == Grid(*scales, block)
+    assert grid_of(stored, "a", "s") == ScaleGrid(*scales, block)
 
 
 def test_opening_checkpoints_imports_no_torch(tmp_path):

@@ -2,13 +2,16 @@
 command prints.
 """
 
+import json
 from collections import defaultdict
 
 import pytest
 import typer.main
 
+import lora_diag
 from lora_diag.cli import options
 from lora_diag.cli.app import application
+from lora_diag.errors import flag
 from lora_diag.probes.intrinsic import IntrinsicOptions
 from lora_diag.running.options import fill_options
 from tests.conftest import ROOT, save_model, save_pair
@@ -61,10 +64,17 @@ def test_option_names_are_consistent():
     meanings = defaultdict(set)
     for command in COMMANDS.values():
         for each in visible(command):
-            for flag in each.opts:
-                meanings[flag].add((each.metavar, each.help, each.is_flag, each.multiple))
-    assert {flag for flag, result in meanings.items() if len(result) > 1} == {*DIFFERENT, "-o"}
+            for word in each.opts:
+                meanings[word].add((each.metavar, each.help, each.is_flag, each.multiple))
+    assert {word for word, result in meanings.items() if len(result) > 1} == {*DIFFERENT, "-o"}
     assert len(meanings) > 80
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flag_is_spelled_as_its_parameter(command):
+    for each in visible(COMMANDS[command]):
+        assert [word for word in each.opts if word.startswith("--")] == [flag(each.name)]
+        assert each.secondary_opts == []
 
 
 def below_the_table(text):
@@ -72,6 +82,23 @@ def below_the_table(text):
 
 
 EXAMPLES = sorted((ROOT / "docs/examples").glob("*.jsonl"))
+
+
+def stored_settings(path):
+    with path.open(encoding="utf-8") as file:
+        return json.loads(file.readline())["settings"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_settings_are_named_as_options(path):
+    assert lora_diag.read_results(path).run.settings == stored_settings(path)
+
+
+def test_settings_of_earlier_files_are_renamed():
+    path = ROOT / "docs/evidence/curvature.jsonl"
+    settings = lora_diag.read_results(path).run.settings
+    assert settings["granularity"] == stored_settings(path)["per"]
+    assert not {"per", "top", "probes"} & {*settings}
 
 
 @pytest.mark.slow
@@ -119,7 +146,9 @@ def test_tensor_of_another_shape_is_stated_first(loradiag, tmp_path, command):
 
 
 def test_unknown_and_missing_keywords_are_refused():
-    with pytest.raises(TypeError, match="'repeats'"):
-        fill_options(IntrinsicOptions, {"data": "t", "repeats": 3})
+    with pytest.raises(TypeError, match="'runs'"):
+        fill_options(IntrinsicOptions, {"data": "t", "runs": 3})
+    with pytest.raises(TypeError, match="'seeds'; use repeats"):
+        fill_options(IntrinsicOptions, {"data": "t", "seeds": 3})
     with pytest.raises(TypeError, match="'data'"):
         fill_options(IntrinsicOptions, {})

@@ -115,24 +115,24 @@ def test_results_are_of_what_for_names(shop):
     assert blocking("r.jsonl") == ("passed", set())  # nothing is there to compare, and that is said
     verdicts = gate(POLICY, "r.jsonl", today=TODAY).whole
     assert [v.status for v in verdicts if v.group == "adapter adapter"] == ["not judged"]
-    assert blocking("r.jsonl", shipped=["elsewhere"]) == ("passed", set())
+    assert blocking("r.jsonl", for_=["elsewhere"]) == ("passed", set())
     change(shop / "elsewhere", scaled)
-    assert blocking("r.jsonl", shipped=["elsewhere"]) == ("inconclusive", {"inputs"})
+    assert blocking("r.jsonl", for_=["elsewhere"]) == ("inconclusive", {"inputs"})
     # The recorded path is not read if --for gives the present one.
     shutil.copytree(SAMPLES / "lora_r16", "adapter")
-    assert blocking("r.jsonl", shipped=[SAMPLES / "lora_r4"]) == ("passed", set())
+    assert blocking("r.jsonl", for_=[SAMPLES / "lora_r4"]) == ("passed", set())
 
 
 def test_each_results_file_matches_for_option(shop):
     measure(adapter=SAMPLES / "lora_r16")
     shutil.rmtree("adapter")
-    assert blocking("r.jsonl", "new.jsonl", shipped=[SAMPLES / "lora_r16"]) == (
+    assert blocking("r.jsonl", "new.jsonl", for_=[SAMPLES / "lora_r16"]) == (
         "inconclusive",
         {"inputs"},
     )
     both = [SAMPLES / "lora_r16", SAMPLES / "lora_r4", "base"]
-    assert blocking("r.jsonl", "new.jsonl", shipped=both) == ("passed", set())
-    assert blocking("new.jsonl", shipped=both) == ("inconclusive", {"inputs"})
+    assert blocking("r.jsonl", "new.jsonl", for_=both) == ("passed", set())
+    assert blocking("new.jsonl", for_=both) == ("inconclusive", {"inputs"})
 
 
 def test_pinned_fingerprint_must_be_that_of_results(shop):

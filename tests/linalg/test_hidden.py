@@ -26,7 +26,7 @@ from lora_diag.linalg.cells import (
     noise_edge,
     shrink,
 )
-from lora_diag.linalg.hidden import HeldOut, LowRank, fit_low_rank, fit_size, recover
+from lora_diag.linalg.hidden import HeldOutCells, LowRank, fit_low_rank, fit_size, recover
 from lora_diag.linalg.hidden_models import (
     END,
     FLATTER,
@@ -358,7 +358,7 @@ def test_lengths_of_held_out_cells_fit_all_entries(seed):
     low = (x / step).floor() * step
     cells = scales.divide(Cells(low, low + step))
     lengths, errors = measure_lengths(
-        HeldOut(cells.at(entries), entries), low_rank, outside, scales
+        HeldOutCells(cells.at(entries), entries), low_rank, outside, scales
     )
     assert (errors.numpy() < 0.1 * true[0]).all()
     assert (np.abs(lengths.numpy() - true) < 3.5 * errors.numpy()).all()
@@ -386,7 +386,7 @@ def test_linear_lengths_need_no_normal_remainder(rms):
         torch.tensor(u[:, :3]).float(), torch.tensor(vh[:3]).float(), values, 0.6, 0.2, 1, True
     )
     entries = torch.arange(0, x.size, 3)
-    held_out = HeldOut(cells.at(entries), entries)
+    held_out = HeldOutCells(cells.at(entries), entries)
     lengths, error = estimate_linear_lengths(
         held_out, low_rank, fit_density(cells, fit_size(cells, 1.0).deviation)
     )

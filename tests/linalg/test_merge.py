@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diag.linalg.merge import Product, Rounding, Whole, check_merge, shortest_dtype, ulp
+from lora_diag.linalg.merge import MergeRounding, Product, Whole, check_merge, shortest_dtype, ulp
 from tests.oracles import bf16
 
 # dtype -> NumPy's rounding to it (as float64), unit roundoff, smallest number.
@@ -73,8 +73,8 @@ def merged(path: str, dtype, w, b, a, s):
 PATHS = ("exact", "float32 product", "rounded twice", "scaled in the dtype", "factors cast")
 
 
-def rounding_of(dtype, s=1.0) -> Rounding:
-    return Rounding(dtype, ROUND[dtype][1], cast=dtype != torch.float32, scale=s)
+def rounding_of(dtype, s=1.0) -> MergeRounding:
+    return MergeRounding(dtype, ROUND[dtype][1], cast=dtype != torch.float32, scale=s)
 
 
 def counted(dtype, w, m, b, a, s=1.0):
@@ -174,7 +174,9 @@ def test_unadapted_rows_are_counted_also_where_equal():
     m = w.copy()
     m[2500, 3] += 1
     addend = Product(torch.zeros(3000, 0).double(), torch.zeros(0, 8).double())
-    check = check_merge([(*tensors(w, m), None)], w.shape, addend, Rounding(torch.float32, 2**-24))
+    check = check_merge(
+        [(*tensors(w, m), None)], w.shape, addend, MergeRounding(torch.float32, 2**-24)
+    )
     assert (check.entries, check.unchanged, check.count, check.moved) == (w.size, w.size - 1, 1, 1)
     assert check.beyond[0].nonzero().tolist() == [[2500]]
     assert (check.base, check.observed) == pytest.approx(
@@ -202,7 +204,7 @@ def test_verify_merge_allows_base_in_dtype_of_merge():
     block = (stored_w.float(), stored_m.bfloat16(), None)
     how = rounding_of(torch.bfloat16)
     assert check_merge([block], (16, 16), Product(left, right), how).count > 0
-    how = Rounding(torch.bfloat16, how.roundoff, True, bases=(torch.bfloat16,))
+    how = MergeRounding(torch.bfloat16, how.roundoff, True, bases=(torch.bfloat16,))
     assert check_merge([block], (16, 16), Product(left, right), how).count == 0
 
 

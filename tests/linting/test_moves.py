@@ -17,7 +17,7 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.checkpoints.file_bytes import READING
 from lora_diag.linting.moves import (
     FORMATS,
-    Sample,
+    TypeSample,
     encode,
     estimate_rounding,
     measure_shares,
@@ -142,7 +142,7 @@ def test_sample_is_within_error_and_reads_little(tmp_path):
 
 
 def test_path_is_kept_where_steps_are_whole_spacings():
-    ones = [Sample("x", 100, (encode(np.ones(100), "bfloat16"),))]
+    ones = [TypeSample("x", 100, (encode(np.ones(100), "bfloat16"),))]
     assert simulate_path(ones, "bfloat16", 2.0**-6, 20) == {
         "one direction": 1.0,
         "random signs": 1.0,

@@ -153,7 +153,7 @@ def losses(base, weights, text, own):
 def test_truncation_losses_equal_independent_script(case):
     base, tuned, text, _ = case
     result = lora_diag.probe_truncation(
-        base, tuned, evaluate=[text], ranks=(0, 2), length=LENGTH, batch=4
+        base, tuned, eval=[text], ranks=(0, 2), length=LENGTH, batch=4
     ).whole
     own = sequences(base, text)
     w, t = tensors(base), tensors(tuned)
@@ -179,7 +179,7 @@ def test_truncation_losses_equal_independent_script(case):
 def test_outputs_compare_masked_predictions(case, tmp_path):
     base, tuned, text, _ = case
     other = moved(base, tmp_path / "other", 0.05, seed=3)
-    record = lora_diag.probe_outputs(base, tuned, [other], evaluate=[text], length=LENGTH).whole[2]
+    record = lora_diag.probe_outputs(base, tuned, [other], eval=[text], length=LENGTH).whole[2]
     own = sequences(base, text)
 
     def logits(folder):

@@ -74,7 +74,7 @@ def test_probe_accepts_data_set_or_file(tmp_path):
     base = gpt2(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned")
     sets = [saved(ROWS, tmp_path / "set"), lines(ROWS, tmp_path / "same.jsonl")]
-    result = lora_diag.probe_truncation(base, tuned, evaluate=sets, ranks=(1,)).whole
+    result = lora_diag.probe_truncation(base, tuned, eval=sets, ranks=(1,)).whole
     by_set = {name: [r.loss for r in result if r.set == name] for name in ("set", "same")}
     assert by_set["set"] == by_set["same"]
 
@@ -103,7 +103,7 @@ def test_invalid_data_set_is_one_message(tmp_path, monkeypatch):
         read_texts(outside, model)
     with pytest.raises(InputError, match="no such file"):
         lora_diag.probe_truncation(
-            tmp_path / "base", tmp_path / "base", evaluate=[tmp_path / "nothing"]
+            tmp_path / "base", tmp_path / "base", eval=[tmp_path / "nothing"]
         )
 
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -583,11 +583,11 @@ SETTINGS = {
     "seed": 0,
 }
 SETTINGS |= {
-    "tolerance": 0.02,
-    "targets": "all-linear",
+    "gain_tolerance": 0.02,
+    "target_modules": "all-linear",
     "alpha_over_rank": 2,
     "optimizer": "AdamW",
-    "rest": "tuned",
+    "untruncated": "tuned",
 }
 
 

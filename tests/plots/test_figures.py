@@ -327,7 +327,7 @@ def test_spectra_in_other_metrics_name_it_and_share_no_axis():
         {"output": "x.png", "figure": "residual"},
         {"output": "x", "format": "gif"},
         {"output": "x", "layers": "("},
-        {"output": "x", "labels": ["a", "b"]},
+        {"output": "x", "label": ["a", "b"]},
     ],
     ids=str,
 )

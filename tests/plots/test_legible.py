@@ -96,7 +96,7 @@ def cases():
         yield (
             case,
             name,
-            making.probed(records, rest="tuned"),
+            making.probed(records, untruncated="tuned"),
             {"per": "type"} if case == "hostile" else {},
         )
     runs = [making.results(making.model(3), name=f"run_with_a_long_name_{i}") for i in range(5)]

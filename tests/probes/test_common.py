@@ -28,7 +28,7 @@ def inputs(tmp_path_factory):
         "tuned": moved(base, folder / "tuned"),
         "adapters": [moved(base, folder / "other", seed=3)],
         "data": some_text(folder, "train", windows=5),
-        "evaluate": [
+        "eval": [
             some_text(folder, "held", windows=2, source="shifted"),
             some_text(folder, "second", windows=2),
         ],
@@ -38,24 +38,24 @@ def inputs(tmp_path_factory):
 # Probe -> its inputs, the number of evaluation sets, and options for a short run.
 TRAINING = {"steps": 2, "widen": 0, "seed": 5}
 PROBES = {
-    "truncation": ("base tuned evaluate", 2, {"ranks": (0, 2)}),
-    "outputs": ("base tuned adapters evaluate", 2, {}),
-    "strength": ("base tuned evaluate", 2, {"scales": (0.3, 0.6, 0.9, 1.2)}),
-    "sweep": ("base data evaluate", 1, {"ranks": (1, 2), "rates": (1e-2,), "seeds": 1, **TRAINING}),
-    "sensitivity": ("base data evaluate", 1, {"rank": 1, "rates": (1e-2,), "layers": "h.1.attn", **TRAINING}),
+    "truncation": ("base tuned eval", 2, {"ranks": (0, 2)}),
+    "outputs": ("base tuned adapters eval", 2, {}),
+    "strength": ("base tuned eval", 2, {"scales": (0.3, 0.6, 0.9, 1.2)}),
+    "sweep": ("base data eval", 1, {"ranks": (1, 2), "lr": (1e-2,), "repeats": 1, **TRAINING}),
+    "sensitivity": ("base data eval", 1, {"rank": 1, "lr": (1e-2,), "layers": "h.1.attn", **TRAINING}),
     "intrinsic": (
-        "base data evaluate", 1,
-        {"dims": (5,), "paces": (3e-3,), "full_rates": (3e-3,), "ranks": (1,), "lora_rates": (1e-2,), **TRAINING},
+        "base data eval", 1,
+        {"dims": (5,), "lr": (3e-3,), "full_lr": (3e-3,), "ranks": (1,), "lora_lr": (1e-2,), **TRAINING},
     ),
-    "curvature": ("base tuned evaluate", 1, {"layers": "h.0.attn.c_proj", "ranks": (0, 4), "top": 1, "probes": 1}),
-    "fisher": ("base tuned data evaluate", 1, {"ranks": (2, 4), "layers": "h.0."}),
+    "curvature": ("base tuned eval", 1, {"layers": "h.0.attn.c_proj", "ranks": (0, 4), "eigenvalues": 1, "trace_vectors": 1}),
+    "fisher": ("base tuned data eval", 1, {"ranks": (2, 4), "layers": "h.0."}),
 }  # fmt: skip
 
 
 def measure(probe, inputs, **more):
     names, sets, options = PROBES[probe]
     given = {name: inputs[name] for name in names.split()}
-    given["evaluate"] = given["evaluate"][:sets]
+    given["eval"] = given["eval"][:sets]
     return getattr(lora_diag, f"probe_{probe}")(**given | options | more)
 
 
@@ -101,41 +101,44 @@ def test_interrupted_probe_resumes_behind_its_records(inputs, tmp_path, probe):
 
 REFUSED = {
     "truncation": [
-        ({"ranks": (-1,)}, "ranks=-1"), ({"per": "planet"}, "per=planet"), ({"rest": "none"}, "rest=none"),
-        ({"batch": 0}, "batch=0"), ({"length": 1000}, "length=1000.*32 positions"), ({"dtype": "int8"}, "dtype=int8"),
+        ({"ranks": (-1,)}, r"ranks=\(-1,\)"), ({"granularity": "planet"}, "granularity='planet'"),
+        ({"untruncated": "none"}, "untruncated='none'"),
+        ({"batch": 0}, "batch=0"), ({"length": 1000}, "length=1000.*32 positions"), ({"dtype": "int8"}, "dtype='int8'"),
         ({"tokenizer": "nowhere"}, "nowhere: transformers cannot open a tokenizer.*tokenizer bytes", InputError),
-        ({"evaluate": []}, "evaluate"), ({"evaluate": ["missing.txt"]}, r"missing\.txt: no such file", InputError),
+        ({"eval": []}, "eval"), ({"eval": ["missing.txt"]}, r"missing\.txt: no such file", InputError),
         ({"layers": "nothing"}, "no matrix outside embeddings and head is selected", NothingComparedError),
         ({"layers": "("}, "layers"),
     ],
     "sweep": [
-        ({"ranks": (0,)}, "ranks=0"), ({"rates": (0.0,)}, "rates=0"), ({"rates": (math.nan,)}, "rates=nan"),
-        ({"rates": (10.0,)}, "rates=10"), ({"rates": ()}, "rates"), ({"seed": 2**31}, "seed=2147483648"),
-        ({"steps": 0}, "steps=0"), ({"seeds": 0}, "seeds=0"), ({"seed": -1}, "seed=-1"), ({"widen": -1}, "widen=-1"),
-        ({"tolerance": 1.0}, "tolerance=1"), ({"full_rates": ()}, "full_rates"),
-        ({"quantized": "fp4"}, "quantized=fp4: unknown value; use nf4, int8"),
+        ({"ranks": (0,)}, r"ranks=\(0,\)"), ({"lr": (0.0,)}, "lr=0"), ({"lr": (math.nan,)}, "lr=nan"),
+        ({"lr": (10.0,)}, "lr=10"), ({"lr": ()}, "lr"), ({"seed": 2**31}, "seed=2147483648"),
+        ({"steps": 0}, "steps=0"), ({"repeats": 0}, "repeats=0"), ({"seed": -1}, "seed=-1"), ({"widen": -1}, "widen=-1"),
+        ({"gain_tolerance": 1.0}, "gain_tolerance=1"), ({"full_lr": ()}, "full_lr"),
+        ({"quantized": "fp4"}, "quantized='fp4': unknown value; use nf4, int8"),
         ({"full": True, "dtype": "bfloat16"}, "rounds away most steps of full"),
-        ({"targets": ("nobody",)}, "targets: PEFT cannot adapt", InputError),
+        ({"target_modules": ("nobody",)}, "target_modules: PEFT cannot adapt", InputError),
     ],
     "sensitivity": [
         ({"rank": 0}, "rank=0"), ({"delta": 0}, "delta=0"),
-        ({"per": "head"}, "per=head: unknown value; use layer, block, type"),
+        ({"granularity": "head"}, "granularity='head': unknown value; use layer, block, type"),
         ({"layers": "nobody"}, "no linear layer is selected", NothingComparedError),
     ],
     "intrinsic": [
         ({"dims": (0,)}, "dims=0"), ({"dims": (10**6,)}, "dims=1000000: the model has only"),
-        ({"dims": (6,), "method": "said"}, "dims=6: method said trains 6 scales"),
-        ({"method": "other"}, "method=other"), ({"paces": (math.nan,)}, "paces=nan"),
-        ({"full_rates": ()}, "full_rates"), ({"lora_rates": (-1.0,)}, "lora_rates=-1"), ({"share": 1.0}, "share=1"),
-        ({"dtype": "bfloat16"}, "dtype=bfloat16: rounds away most steps"),
+        ({"dims": (6,), "projection": "said"}, "dims=6: projection said trains 6 scales"),
+        ({"projection": "other"}, "projection='other'"), ({"lr": (math.nan,)}, "lr=nan"),
+        ({"full_lr": ()}, "full_lr"), ({"lora_lr": (-1.0,)}, "lora_lr=-1"), ({"share": 1.0}, "share=1"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16': rounds away most steps"),
     ],
     "curvature": [
-        ({"ranks": (-1,)}, "ranks=-1"), ({"along": (1.5,)}, "along=1.5"), ({"along": (math.nan,)}, "along=nan"),
-        ({"top": 0}, "top=0"), ({"probes": 0}, "probes=0"), ({"per": "type"}, "per=type"), ({"seed": -1}, "seed=-1"),
-        ({"dtype": "bfloat16"}, "dtype=bfloat16: Hessian-vector products have errors"),
+        ({"ranks": (-1,)}, r"ranks=\(-1,\)"), ({"along": (1.5,)}, r"along=\(1.5,\)"),
+        ({"along": (math.nan,)}, r"along=\(nan,\)"),
+        ({"eigenvalues": 0}, "eigenvalues=0"), ({"trace_vectors": 0}, "trace_vectors=0"),
+        ({"granularity": "type"}, "granularity='type'"), ({"seed": -1}, "seed=-1"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16': Hessian-vector products have errors"),
         ({"layers": "nobody"}, "no matrix", NothingComparedError),
-        ({"evaluate": ["a", "b"]}, "no such file", InputError),
-        ({"top": 0, "tuned": None}, "top=0"),
+        ({"eval": ["a", "b"]}, "no such file", InputError),
+        ({"eigenvalues": 0, "tuned": None}, "eigenvalues=0"),
     ],
     "fisher": [
         ({"labels": "mine"}, "labels"), ({"ranks": (0,)}, "ranks"), ({"data": "none.txt"}, "no such file", InputError),
@@ -172,7 +175,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("probe", COMMANDS)
 def test_probe_command_writes_records(inputs, loradiag, tmp_path, probe):
-    words = COMMANDS[probe].format(held=inputs["evaluate"][0], **inputs).split()
+    words = COMMANDS[probe].format(held=inputs["eval"][0], **inputs).split()
     ran = loradiag("probe", probe, *words, "-o", "r.jsonl")
     assert ran.code == 0, ran.err
     assert read_results(tmp_path / "r.jsonl").end is not None
@@ -180,16 +183,16 @@ def test_probe_command_writes_records(inputs, loradiag, tmp_path, probe):
 
 
 def test_texts_and_models_given_twice_are_refused(inputs):
-    text, base, tuned = inputs["evaluate"][0], inputs["base"], inputs["tuned"]
+    text, base, tuned = inputs["eval"][0], inputs["base"], inputs["tuned"]
     for probe in ("curvature", "fisher"):
         with pytest.raises(UsageError, match="give one file"):
-            measure(probe, inputs, evaluate=[text, text])
+            measure(probe, inputs, eval=[text, text])
     with raises_naming(UsageError, "evaluation", "held"):
         measure("truncation", inputs, shifted=[text])
     with raises_naming(UsageError, "training text"):
         measure("sweep", inputs, data=text)
     with pytest.raises(UsageError, match="TUNED itself"):
-        lora_diag.probe_outputs(base, tuned, [tuned], evaluate=[text])
+        lora_diag.probe_outputs(base, tuned, [tuned], eval=[text])
 
 
 # Probe -> options of a run that a small amount of work reduces, and the options that do the same.
@@ -202,16 +205,16 @@ REDUCED = {
         {"dims": (5,), "ranks": (1,), "steps": 2, "batch": 4},
         {
             "max_sequences": 8,
-            "seeds": 1,
+            "repeats": 1,
             "widen": 0,
-            "paces": (3e-3,),
-            "full_rates": (3e-4,),
-            "lora_rates": (3e-3,),
+            "lr": (3e-3,),
+            "full_lr": (3e-4,),
+            "lora_lr": (3e-3,),
         },
     ),
     "curvature": (
         {"layers": "h.0.attn.c_proj", "along": (0.5,)},
-        {"max_sequences": 8, "top": 1, "probes": 5, "ranks": (1, 4, 16, 64)},
+        {"max_sequences": 8, "eigenvalues": 1, "trace_vectors": 5, "ranks": (1, 4, 16, 64)},
     ),
 }
 
@@ -222,7 +225,7 @@ def test_run_with_defaults_is_reduced_to_amount_of_work(inputs, tmp_path, monkey
     monkeypatch.setattr(probing, "CPU_WORK", 1)
     options, smaller = REDUCED[probe]
     given = {name: inputs[name] for name in PROBES[probe][0].split()} | options
-    given["evaluate"], run = (
+    given["eval"], run = (
         [some_text(tmp_path, "held", windows=19)],
         getattr(lora_diag, f"probe_{probe}"),
     )
@@ -256,6 +259,6 @@ def test_default_typed_on_command_line_is_not_reduced(inputs, tmp_path, monkeypa
     commands("probe curvature")(["probe", "curvature", *words], standalone_mode=False)
     shown = " ".join(capsys.readouterr().out.split())
     settings = read_results(output).run.settings
-    assert (settings["top"], settings["probes"], settings["ranks"]) == (5, 5, [2])
+    assert (settings["eigenvalues"], settings["trace_vectors"], settings["ranks"]) == (5, 5, [2])
     assert settings["reduced"] == ["--max-sequences 8 (of 12)", "--trace-vectors 5 (of 10)"]
     assert all(words in shown for words in settings["reduced"])

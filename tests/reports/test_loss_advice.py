@@ -68,7 +68,7 @@ def sweep(losses, base=2.0, own=None, shifted=None, spread=0.001):
                 records.append(
                     probe("sweep", "lora", loss + off, rank=rank, lr=1e-3, seed=seed, **where)
                 )
-    return run("probe sweep", records, seed=0, tolerance=0.02)
+    return run("probe sweep", records, seed=0, gain_tolerance=0.02)
 
 
 def truncation(kept, base=2.0, tuned=1.0, gain_error=0.02, **settings):
@@ -83,7 +83,7 @@ def truncation(kept, base=2.0, tuned=1.0, gain_error=0.02, **settings):
     return run(
         "probe truncation",
         records,
-        **{"rest": "tuned", "layers": None, "exclude": None, **settings},
+        **{"untruncated": "tuned", "layers": None, "exclude": None, **settings},
     )
 
 
@@ -323,12 +323,12 @@ def test_extended_sweep_repeats_options_of_first():
     settings = {
         "seed": 7,
         "steps": 9,
-        "tolerance": 0.05,
-        "targets": ["q_proj"],
+        "gain_tolerance": 0.05,
+        "target_modules": ["q_proj"],
         "bitfit": True,
-        "rates": [1e-3, 1e-2],
+        "lr": [1e-3, 1e-2],
     }
-    settings |= {"full_rates": [1e-5], "kind": "DoRA"}
+    settings |= {"full_lr": [1e-5], "kind": "DoRA"}
     other = RunInput(role="shifted", path="other.txt", kind="", tensors=1)
     first = replace(
         first,
@@ -357,7 +357,7 @@ def test_truncation_names_rank_that_keeps_gain():
     )
     # Where norms, biases, embeddings and head bring nothing, or are those of BASE, they need not be
     # saved.
-    for runs in (truncation({0: 0.0, 4: 0.95}), truncation({4: 0.95}, rest="base")):
+    for runs in (truncation({0: 0.0, 4: 0.95}), truncation({4: 0.95}, untruncated="base")):
         assert "--unfactored" not in steps(runs)["sufficient rank"].argv
     assert told(model(flat_to(40, 512)), truncation({4: 0.95})) == [
         "sufficient rank"
@@ -382,13 +382,15 @@ def test_sufficient_rank_is_judged_on_worst_set():
         for name, one in zip("ab", runs, strict=True)
         for record in one.whole
     ]
-    assert_names(steps(run("probe truncation", two, rest="base"))["sufficient rank"].because, "93%")
+    assert_names(
+        steps(run("probe truncation", two, untruncated="base"))["sufficient rank"].because, "93%"
+    )
     lost = [r.model_copy(update={"kept": 0.5}) if (r.set, r.rank) == ("b", 4) else r for r in two]
-    assert told(run("probe truncation", lost, rest="base")) == []
+    assert told(run("probe truncation", lost, untruncated="base")) == []
     # A rank that was measured on one set only says nothing of the other.
     more = [record for record in truncation({2: 0.97}).whole if record.rank == 2]
     step = steps(
-        run("probe truncation", [*two, more[0].model_copy(update={"set": "a"})], rest="base")
+        run("probe truncation", [*two, more[0].model_copy(update={"set": "a"})], untruncated="base")
     )
     assert step["sufficient rank"].facts["rank"] == 4
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from lora_diag.models.data import Texts
-from lora_diag.models.training import Training
+from lora_diag.models.training import TrainingSettings
 from lora_diag.probes.sweep import SweepOptions
 from lora_diag.records import Probe, ResultsWriter, Run
 from lora_diag.running.progress import ProgressReporter, RunRecords
@@ -30,7 +30,7 @@ class Case:
             lambda event: self.ticks.append((event.label, event.done, event.total))
         )
         kept = RunRecords(ResultsWriter(None, run, False), watch)
-        self.walk = RunPlan(Training(HELD, 3, 1, 7), [HELD], seeds, widen, kept)
+        self.walk = RunPlan(TrainingSettings(HELD, 3, 1, 7), [HELD], seeds, widen, kept)
 
     def arm(self, rates):
         return Arm(tuple(self.best), rates, self.trial)
@@ -171,7 +171,7 @@ def test_second_step_of_largest_size_is_timed(monkeypatch):
 
 def test_numbers_at_their_limits_are_valid():
     for valid in (
-        {"rates": [9.9], "steps": 1, "widen": 0, "seed": 0},
+        {"lr": [9.9], "steps": 1, "widen": 0, "seed": 0},
         {"seed": 2**31 - 1, "max_sequences": None},
     ):
         TrainRun("probe sweep", {"data": "t", **valid}, SweepOptions)

@@ -49,9 +49,9 @@ pytestmark = [
 OPTIONS = {
     "params": 4500,
     "ranks": (2, 8),
-    "rates": (1e-2, 3e-2),
+    "lr": (1e-2, 3e-2),
     "steps": 6,
-    "seeds": 2,
+    "repeats": 2,
     "batch": 4,
     "widen": 0,
 }
@@ -66,7 +66,7 @@ def case(tmp_path_factory):
     base = gpt2(folder / "base")
     texts = {
         "data": some_text(folder, "train", windows=9),
-        "evaluate": [some_text(folder, "held_out", windows=4, source="shifted")],
+        "eval": [some_text(folder, "held_out", windows=4, source="shifted")],
         "shifted": [some_text(folder, "other", windows=3, source="shifted")],
     }
     notes = []
@@ -93,7 +93,7 @@ def test_tune_records_and_prints_every_decision(case):
 
 def test_losses_equal_plain_loop(case):
     base, texts, result, _, _ = case
-    held = texts["evaluate"][0]
+    held = texts["eval"][0]
     of_held = [
         one for one in result.whole_of(TuneTrial) if one.set == "held_out" and one.lr is not None
     ]
@@ -115,7 +115,7 @@ def test_tune_writes_adapter_that_peft_loads(case):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config == json.loads((folder / "adapter" / "adapter_config.json").read_text())
     model = opened(base, folder / "adapter")
-    loss = loss_of(model, texts["evaluate"][0])
+    loss = loss_of(model, texts["eval"][0])
     trials = [
         o for o in result.whole_of(TuneTrial) if (o.variant, o.lr) == (choice.variant, choice.lr)
     ]
@@ -146,7 +146,7 @@ def test_choice_is_compared_with_base_on_every_set(case):
     }
     assert {record.name for record in records.values()} == {choice.variant}
     before, after = opened(base), opened(base, folder / "adapter")
-    for file in (*texts["evaluate"], *texts["shifted"]):
+    for file in (*texts["eval"], *texts["shifted"]):
         z, z0 = (
             torch.cat([m(input_ids=w[None]).logits[0, :-1] for w in ids_of(file)])
             for m in (after, before)
@@ -244,7 +244,7 @@ def test_tune_asks_for_confirmation_after_the_budget(loradiag, case):
         "--data",
         texts["data"],
         "--eval",
-        texts["evaluate"][0],
+        texts["eval"][0],
         "-o",
         "run",
         "--params",
@@ -283,7 +283,7 @@ def test_tune_prompt_decides_in_terminal(case, tmp_path, monkeypatch, capsys, an
         "--data",
         texts["data"],
         "--eval",
-        texts["evaluate"][0],
+        texts["eval"][0],
         "--params",
         "4k",
         "-o",
@@ -307,7 +307,7 @@ def test_tune_replaces_run_only_after_confirmation(case, tmp_path):
     stale = run / "trials" / "stale"
     stale.mkdir()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    options = OPTIONS | {"ranks": (2,), "rates": (1e-2,), "seeds": 1, "no_full": True}
+    options = OPTIONS | {"ranks": (2,), "lr": (1e-2,), "repeats": 1, "no_full": True}
     options |= {"dora": True, "rslora": True, "gradient_checkpointing": True}
     with pytest.raises(UsageError, match="overwrite"):
         lora_diag.tune(base, run, **texts, **options)
@@ -341,7 +341,7 @@ def _check_dora_and_rslora(base, texts, found, run, plan):
         if one.variant == "uniform-r2":
             assert one.params == 2 * plan.per_rank + outputs
             held = (
-                texts["evaluate"][0].with_stem(one.set)
+                texts["eval"][0].with_stem(one.set)
                 if one.set == "held_out"
                 else texts["shifted"][0]
             )
@@ -389,7 +389,7 @@ def test_tune_keeps_time_on_busy_machine(case, tmp_path, monkeypatch, slowness):
         clock[0] += 9999.0  # the user thinks about the plan
         return True
 
-    options = OPTIONS | {"rates": (3e-3, 1e-2, 3e-2)}
+    options = OPTIONS | {"lr": (3e-3, 1e-2, 3e-2)}
     (whole,) = lora_diag.tune(base, tmp_path / "run", dry_run=True, **texts, **options).whole
     limit = math.ceil(whole.seconds)
     began = clock[0]
@@ -636,7 +636,7 @@ def test_files_of_search_do_not_depend_on_hash_seed_or_time(tmp_path, monkeypatc
 def test_time_limit_reduces_evaluation_sets(case, tmp_path, monkeypatch):
     monkeypatch.setattr(probing, "CPU_WORK", 1)
     base, texts, *_ = case
-    texts = texts | {"evaluate": [some_text(tmp_path, "held", windows=12, source="shifted")]}
+    texts = texts | {"eval": [some_text(tmp_path, "held", windows=12, source="shifted")]}
     for limit, is_reduced in ((None, False), ("9h", True)):
         notes: list[str] = []
         options = {**OPTIONS, "time": limit, "dry_run": True, "on_note": notes.append}

@@ -141,7 +141,7 @@ def test_more_time_restores_omitted_stages():
     """By hand: of a plan that gave up ranks, rates beyond the grid, full fine-tuning and half of
     the steps.
     """
-    options = {"ranks": (), "rates": (1e-3, 1e-2), "seeds": 3, "widen": 1, "no_full": False}
+    options = {"ranks": (), "lr": (1e-3, 1e-2), "repeats": 3, "widen": 1, "no_full": False}
     omitted = {"limit": 60.0, "full": False, "left_out": ("every second rank", "half of the steps")}
     plan = make_plan((1, 64), (1e-3, 1e-2), 50, widen=0).model_copy(update=omitted)
     result = extend_plan(plan, options, 36_000.0, 1)

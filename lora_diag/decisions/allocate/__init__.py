@@ -23,26 +23,26 @@ class AllocateOptions(TypedDict, total=False):
     max_rank: Annotated[
         int | None, Option(None, "Largest rank of a layer; default: no limit.", "R")
     ]
-    ranks_from: Annotated[
+    allowed_ranks: Annotated[
         Sequence[int] | None,
-        Option(None, "Allowed ranks, e.g. 8,16,32; default: any.", "R,R,...", ("--allowed-ranks",)),
+        Option(None, "Allowed ranks, e.g. 8,16,32; default: any.", "R,R,...", former="ranks_from"),
     ]
     layers: Annotated[str | None, options.TARGETS]
     exclude: Annotated[str | None, options.EXCLUDE]
-    weights: Annotated[
+    layer_weights: Annotated[
         Path | str | Mapping[str, float] | None,
         Option(
             None,
             "JSON object of factors by layer, or results of probe fisher.",
             "FILE",
-            ("--layer-weights",),
-            INPUTS,
+            panel=INPUTS,
+            former="weights",
         ),
     ]
     portable: Annotated[bool, options.PORTABLE]
     relative: Annotated[bool, Option(False, "Count the energy of every layer as 1.")]
     optimizer: Annotated[str, options.OPTIMIZER]
-    dtype: Annotated[str, options.ADAPTER_DTYPE]
+    adapter_dtype: Annotated[str, options.ADAPTER_DTYPE]
     allow_unfinished: Annotated[bool, options.UNFINISHED]
 
 
@@ -57,7 +57,7 @@ class ConfigOptions(TypedDict, total=False):
             None,
             "PEFT config (.json) or records (.jsonl) to write.",
             "FILE",
-            ("--output", "-o"),
+            "-o",
             OUTPUT,
         ),
     ]

@@ -228,7 +228,7 @@ class Constraints:
 
 
 @dataclass(frozen=True)
-class Unit:
+class AllocationUnit:
     """Layers with a common rank: one layer, or a stack of experts with one factor pair.
 
     Args:
@@ -365,7 +365,7 @@ def make_units(
     weights: Mapping[str, float],
     constraints: Constraints,
     losses: Mapping[str, Sequence[float]] | None = None,
-) -> list[Unit]:
+) -> list[AllocationUnit]:
     """Return the units of an allocation, in the order of their first layers.
 
     Args:
@@ -399,7 +399,7 @@ def make_units(
         if losses is not None:
             curves = tuple(np.asarray(losses.get(layer, (0.0,)), np.float64) for layer in names)
         units.append(
-            Unit(
+            AllocationUnit(
                 members=tuple(members),
                 group=None if names[0] == name else name,
                 weights=tuple(weights[layer] for layer in names),
@@ -467,7 +467,7 @@ def _list_allowed_ranks(soft: int, hard: int, constraints: Constraints) -> Ints:
 
 
 @dataclass(frozen=True)
-class Rule:
+class AllocationRule:
     """The result of a rule for a budget.
 
     Args:
@@ -481,7 +481,9 @@ class Rule:
     cost: int
 
 
-def apply_rules(units: Sequence[Unit], steps: Steps, budget: int, scores: Floats) -> list[Rule]:
+def apply_rules(
+    units: Sequence[AllocationUnit], steps: Steps, budget: int, scores: Floats
+) -> list[AllocationRule]:
     """Return the results of uniform rank, the prior and an energy threshold for a budget.
 
     Args:
@@ -498,13 +500,13 @@ def apply_rules(units: Sequence[Unit], steps: Steps, budget: int, scores: Floats
         _, prior = _take_steps(steps, steps.rank / slope[steps.unit], budget)
     threshold, energy = _take_steps(steps, _compute_share_before(units, steps), budget)
     return [
-        Rule(f"uniform r={level:.0f}", *uniform),
-        Rule("heuristic prior s·√(d_in+d_out)", *prior),
-        Rule(f"same energy share, {threshold:.2f}", *energy),
+        AllocationRule(f"uniform r={level:.0f}", *uniform),
+        AllocationRule("heuristic prior s·√(d_in+d_out)", *prior),
+        AllocationRule(f"same energy share, {threshold:.2f}", *energy),
     ]
 
 
-def _compute_share_before(units: Sequence[Unit], steps: Steps) -> Floats:
+def _compute_share_before(units: Sequence[AllocationUnit], steps: Steps) -> Floats:
     """Return for each step over all allowed ranks the fraction of its unit's energy kept without
     it, ``(n,)``.
 
@@ -769,7 +771,7 @@ class Budget:
     option: Given
     bytes_per_param: float = 1.0
 
-    def cost_of(self, unit: Unit) -> int:
+    def cost_of(self, unit: AllocationUnit) -> int:
         """Return the cost of one rank of a unit as a whole number of ranks or parameters."""
         return len(unit.members) if self.unit == "total_rank" else unit.cost
 
@@ -898,7 +900,10 @@ def allocate(
 
 
 def _take_better_rule(
-    units: Sequence[Unit], steps: Steps, chosen: BudgetedRanks, rule_results: Sequence[Rule]
+    units: Sequence[AllocationUnit],
+    steps: Steps,
+    chosen: BudgetedRanks,
+    rule_results: Sequence[AllocationRule],
 ) -> BudgetedRanks:
     """Return the chosen ranks, or those of a rule that keeps more: a few large steps may fill a
     small budget better.
@@ -910,14 +915,14 @@ def _take_better_rule(
 
 
 def _bound_ranks(
-    units: Sequence[Unit], steps: Steps, ranks: Ints, cost: int, best: BudgetedRanks
+    units: Sequence[AllocationUnit], steps: Steps, ranks: Ints, cost: int, best: BudgetedRanks
 ) -> BudgetedRanks:
     """Return given ranks with the bound and price of ``best``, the best ranks for their budget."""
     gain = _compute_kept_energy(units, ranks) - _compute_kept_energy(units, steps.start)
     return BudgetedRanks(ranks, gain, cost, max(best.bound, gain), best.price, optimal=False)
 
 
-def _require_possible_rank(units: Sequence[Unit]) -> None:
+def _require_possible_rank(units: Sequence[AllocationUnit]) -> None:
     """Refuse layers of which none has both energy and an allowed rank.
 
     Raises:
@@ -937,7 +942,7 @@ def _require_possible_rank(units: Sequence[Unit]) -> None:
     raise UsageError("no rank", "every layer with energy is smaller than the smallest allowed rank")
 
 
-def _compute_sensitivity(unit: Unit, weights: Mapping[str, float] | None) -> float:
+def _compute_sensitivity(unit: AllocationUnit, weights: Mapping[str, float] | None) -> float:
     """Return s for the prior, the mean over the layers: of their weights, else of ‖ΔW‖/‖W‖ (‖ΔW‖
     without W).
     """
@@ -951,7 +956,12 @@ def _compute_sensitivity(unit: Unit, weights: Mapping[str, float] | None) -> flo
 
 
 def _choose_ranks(
-    units: Sequence[Unit], steps: Steps, all_steps: Steps, budget: Budget, fixed: int, reserved: int
+    units: Sequence[AllocationUnit],
+    steps: Steps,
+    all_steps: Steps,
+    budget: Budget,
+    fixed: int,
+    reserved: int,
 ) -> tuple[BudgetedRanks, int]:
     """Return the ranks, and the budget for steps above the starting ranks.
 
@@ -1004,7 +1014,9 @@ def _choose_ranks(
     return spend(steps, left), left
 
 
-def _make_records(units: Sequence[Unit], ranks: Ints, uniform: Ints) -> Iterator[Allocation]:
+def _make_records(
+    units: Sequence[AllocationUnit], ranks: Ints, uniform: Ints
+) -> Iterator[Allocation]:
     """Yield the record of each layer, with its rank in the uniform allocation."""
     for unit, rank, uniform_rank in zip(units, ranks.tolist(), uniform.tolist(), strict=True):
         for position, member in enumerate(unit.members):
@@ -1042,13 +1054,13 @@ def _read_curve(curve: Floats, rank: int) -> float:
 
 
 def _make_certificate(
-    units: Sequence[Unit],
+    units: Sequence[AllocationUnit],
     steps: Steps,
     budget: Budget,
     fixed: int,
     saved: int,
     chosen: BudgetedRanks,
-    rule_results: Sequence[Rule],
+    rule_results: Sequence[AllocationRule],
 ) -> Certificate:
     """Return the certificate; ``fixed``: cost of starting ranks and heads, ``saved``: parameters of
     the heads.
@@ -1099,7 +1111,12 @@ def _limit_share(share: float) -> float:
 
 
 def _compare_baseline(
-    rule: Rule, units: Sequence[Unit], steps: Steps, budget: Budget, fixed: int, total: float
+    rule: AllocationRule,
+    units: Sequence[AllocationUnit],
+    steps: Steps,
+    budget: Budget,
+    fixed: int,
+    total: float,
 ) -> AllocationBaseline:
     """Return the record of another rule, compared with ranks chosen for energy at its cost."""
     equal = _take_better_rule(units, steps, spend(steps, rule.cost), [rule])
@@ -1123,12 +1140,12 @@ def _compare_baseline(
     )
 
 
-def _compute_kept_energy(units: Sequence[Unit], ranks: Ints) -> float:
+def _compute_kept_energy(units: Sequence[AllocationUnit], ranks: Ints) -> float:
     """Return the weighted energy that ranks keep."""
     return math.fsum(unit.curve[rank] for unit, rank in zip(units, ranks, strict=True))
 
 
-def _compute_epsilon_min(units: Sequence[Unit], ranks: Ints) -> float:
+def _compute_epsilon_min(units: Sequence[AllocationUnit], ranks: Ints) -> float:
     """Return a lower bound on √(Σ tail energy / Σ energy) over the candidates, unweighted."""
     total = math.fsum(member.fro**2 for unit in units for member in unit.members)
     lost_energy = math.fsum(

@@ -35,7 +35,7 @@ _WIDENING = re.compile(r"\.(c_attn|c_fc)(\.weight)?$")
 
 
 @dataclass(frozen=True)
-class Scaling:
+class PeftScaling:
     """PEFT's multiplier of B·A.
 
     Args:
@@ -59,7 +59,7 @@ class Scaling:
     def alpha(self, rank: int, default_rank: int) -> float:
         """Return lora_alpha for a layer, where most layers have rank ``default_rank``.
 
-        >>> Scaling(2.0).alpha(16, 8), Scaling(2.0, rslora=True).alpha(16, 4)
+        >>> PeftScaling(2.0).alpha(16, 8), PeftScaling(2.0, rslora=True).alpha(16, 4)
         (32.0, 4.0)
         """
         return self.factor * (math.sqrt(default_rank) if self.rslora else rank)
@@ -104,7 +104,9 @@ def make_config(
     }
 
 
-def make_peft_config(results: Results[Allocation], scaling: Scaling = Scaling()) -> dict[str, Any]:
+def make_peft_config(
+    results: Results[Allocation], scaling: PeftScaling = PeftScaling()
+) -> dict[str, Any]:
     """Return the config of an adapter with these ranks.
 
     Args:
@@ -205,7 +207,7 @@ def check_config(
 
 
 def compare_with_peft(
-    results: Results[Allocation], configured: Mapping[str, tuple[int, float]], scaling: Scaling
+    results: Results[Allocation], configured: Mapping[str, tuple[int, float]], scaling: PeftScaling
 ) -> None:
     """Refuse a difference between an allocation and the ranks and scalings of the model that PEFT
     built.

@@ -23,9 +23,13 @@ from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.decisions.allocate import AllocateOptions
 from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate_one_rank
 from lora_diag.decisions.allocate.measure import allocate as allocate_spectra
-from lora_diag.decisions.allocate.peft_config import Scaling, compare_with_peft, make_peft_config
+from lora_diag.decisions.allocate.peft_config import (
+    PeftScaling,
+    compare_with_peft,
+    make_peft_config,
+)
 from lora_diag.decisions.allocate.record import UNFINISHED, Allocation, Policies
-from lora_diag.decisions.targets import Training, read_memory
+from lora_diag.decisions.targets import TrainingMemory, read_memory
 from lora_diag.decisions.trainers import PYTHON, YAML, format_settings
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import Given, InputError, UsageError
@@ -187,19 +191,19 @@ def allocate(
         match: Budget: the number of parameters of this adapter.
         min_rank: Smallest rank of a layer with any signal.
         max_rank: Largest rank of a layer; None for no limit.
-        ranks_from: Allowed ranks besides 0, such as ``[8, 16, 32, 64]``; None for any.
+        allowed_ranks: Allowed ranks besides 0, such as ``[8, 16, 32, 64]``; None for any.
         layers: Only layers whose name contains a match; None for the matrices that adapters usually
             target: weights of layers other than embeddings, head, routers and short convolutions.
         exclude: No layers whose name contains a match.
-        weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file
-            of such; or results of ``probe fisher``: then Σ F_ℓ(r_ℓ) is minimized instead of energy
-            maximized.
-        portable: Give every layer rank 0 or one common rank (of ``ranks_from``, else powers of two
-            and half-way between them): a config without patterns, which every program that serves
-            the adapter scales alike.
+        layer_weights: Factor of each layer's energy, by name (``default`` for the others), or a
+            JSON file of such; or results of ``probe fisher``: then Σ F_ℓ(r_ℓ) is minimized instead
+            of energy maximized.
+        portable: Give every layer rank 0 or one common rank (of ``allowed_ranks``, else powers of
+            two and half-way between them): a config without patterns, which every program that
+            serves the adapter scales alike.
         relative: Count every layer's energy as 1: maximize Σ C(r) instead of Σ‖ΔW‖²C(r).
         optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory_budget``.
-        dtype: Dtype of the adapter and its gradients; for ``memory_budget``.
+        adapter_dtype: Dtype of the adapter and its gradients; for ``memory_budget``.
         allow_unfinished: Accept the results of an interrupted run.
         **options: ``AllocateOptions``.
 
@@ -222,7 +226,7 @@ def allocate(
         ([6, 9, 9, 7], 7936.0)
     """
     options = fill_options(AllocateOptions, options)
-    weights, portable = options["weights"], options["portable"]
+    weights, portable = options["layer_weights"], options["portable"]
     energy, allow_unfinished = options["energy"], options["allow_unfinished"]
     if portable and energy is not None:
         raise UsageError(
@@ -230,7 +234,7 @@ def allocate(
             "divides a budget over layers of one rank, and $energy gives each its own",
         )
     budget = _make_budget(options)
-    ranks_from = options["ranks_from"]
+    ranks_from = options["allowed_ranks"]
     allowed_ranks = None if ranks_from is None else tuple(sorted(set(ranks_from)))
     constraints = Constraints(options["min_rank"], options["max_rank"], allowed_ranks)
     spectra, described = _read_spectra(results, allow_unfinished)
@@ -281,15 +285,15 @@ def allocate(
             "energy": energy,
             "min_rank": constraints.min_rank,
             "max_rank": constraints.max_rank,
-            "ranks_from": list(allowed_ranks) if allowed_ranks else None,
+            "allowed_ranks": list(allowed_ranks) if allowed_ranks else None,
             "target": options["layers"],
             "exclude": options["exclude"],
-            "weights": legible(weights) if isinstance(weights, str | Path) else weights,
+            "layer_weights": legible(weights) if isinstance(weights, str | Path) else weights,
             "relative": options["relative"],
             **({"portable": True} if portable else {}),
             **({"metric": metric} if metric != "weights" else {}),
             "optimizer": options["optimizer"] if has_memory else None,
-            "dtype": options["dtype"] if has_memory else None,
+            "adapter_dtype": options["adapter_dtype"] if has_memory else None,
         },
         made=timestamp(),
     )
@@ -341,7 +345,7 @@ def allocate_and_write(
             Given("check"), "needs a PEFT config", "write one with $output adapter_config.json"
         )
     if output is not None:
-        weights = options.get("weights")
+        weights = options.get("layer_weights")
         inputs = (results, None if isinstance(weights, Mapping) else weights)
         check_outputs(inputs, [(output, _find_kind(output, check, format))], overwrite)
     if (
@@ -401,14 +405,16 @@ def write_allocation(
             Given("rslora"),
             "SGLang and llama.cpp do not read it, so the adapter would not be portable",
         )
-    config = make_peft_config(results, Scaling(scaling, rslora))
+    config = make_peft_config(results, PeftScaling(scaling, rslora))
     if check is not None:
         from lora_diag.models.peft_check import (
             adapted_by_peft,
         )  # deferred: importing transformers takes seconds
 
         compare_with_peft(
-            results, adapted_by_peft(config, locate_files(check).files), Scaling(scaling, rslora)
+            results,
+            adapted_by_peft(config, locate_files(check).files),
+            PeftScaling(scaling, rslora),
         )
     text = (
         json.dumps(config, indent=2) + "\n" if format == "peft" else format_settings(format, config)
@@ -452,7 +458,7 @@ def _make_budget(options: AllocateOptions) -> Budget:
         UsageError: Not exactly one budget is given, or its amount is invalid; optimizer or dtype is
             unknown.
     """
-    training = Training(options["optimizer"], options["dtype"])
+    training = TrainingMemory(options["optimizer"], options["adapter_dtype"])
     budgets = {
         "params": options["params"],
         "total_rank": options["total_rank"],

@@ -229,7 +229,7 @@ def _describe_findings(results: Results[Allocation], certificate: Certificate) -
     portable = settings.get("portable")
     is_fisher = any(record.fisher is not None for record in results)
     whole, limits = _CRITERIA["fisher" if is_fisher else settings.get("metric", "weights")]
-    if not is_fisher and settings.get("weights") is not None:
+    if not is_fisher and settings.get("layer_weights") is not None:
         whole = whole.replace("energy", "weighted energy")
     if settings.get("relative"):
         whole += ", each layer's counted as 1"

@@ -27,15 +27,15 @@ class ExtractOptions(FolderOptions, total=False):
     activations: Annotated[Path | str | None, options.ACTIVATIONS]
     kfac: Annotated[bool, options.KFAC]
     split: Annotated[str, Option("both", "√Σ in both factors, or Σ in B.", "both|b")]
-    dtype: Annotated[str, options.ADAPTER_DTYPE]
-    rest: Annotated[
+    adapter_dtype: Annotated[str, options.ADAPTER_DTYPE]
+    unfactored: Annotated[
         str,
         Option(
             "list",
             "Tensors without factors: list them, or store them in full.",
             "list|save",
-            ("--unfactored",),
-            OUTPUT,
+            panel=OUTPUT,
+            former="rest",
         ),
     ]
     match_norm: Annotated[bool, options.MATCH_NORM]
@@ -46,12 +46,10 @@ class ExtractOptions(FolderOptions, total=False):
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 
 
-class FolderOutput(TypedDict, total=False):
+class ExtractOutput(TypedDict, total=False):
     """The output of the command."""
 
-    output: Annotated[
-        Path, Option(REQUIRED, "Adapter folder to write.", "ADAPTER", ("--output", "-o"), OUTPUT)
-    ]
+    output: Annotated[Path, Option(REQUIRED, "Adapter folder to write.", "ADAPTER", "-o", OUTPUT)]
 
 
 FEATURE = Feature(
@@ -63,7 +61,7 @@ FEATURE = Feature(
             help="Write the best adapter of given ranks for an update.",
             examples=("extract base/ full_ft/ --rank 16 -o adapter/",),
             arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
-            options=(FolderOutput, ExtractOptions),
+            options=(ExtractOutput, ExtractOptions),
             hints=(
                 Hint(
                     "probe outputs {base} {tuned} {output} --eval held_out.txt",

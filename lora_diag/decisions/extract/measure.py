@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_diag.adapters.writing import read_config_ranks
-from lora_diag.adapters.writing_targets import Target
+from lora_diag.adapters.writing_targets import PeftTarget
 from lora_diag.catalog import read_results_of
 from lora_diag.decisions.allocate.measure import Budget, allocate
 from lora_diag.decisions.allocate.record import Allocation
@@ -87,7 +87,7 @@ def read_rank_option(options: ExtractOptions) -> tuple[str, Any]:
 def choose_rank_rules(
     name: str,
     value: Any,
-    targets: Mapping[str, Target],
+    targets: Mapping[str, PeftTarget],
     measure_spectra: Callable[[], Results[Spectrum]],
 ) -> dict[str, Rank]:
     """Return the rule for the rank of every layer.
@@ -116,7 +116,7 @@ def choose_rank_rules(
     return {layer: Rank(ranks.get(layer, 0)) for layer in targets}
 
 
-def _read_ranks(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
+def _read_ranks(path: Path, targets: Mapping[str, PeftTarget]) -> dict[str, int]:
     """Return the ranks of layers from a results file of ``allocate`` or from a PEFT config.
 
     Raises:
@@ -182,7 +182,7 @@ class ExtractionSettings(LayerSettings):
 
 
 @dataclass(frozen=True, slots=True)
-class Layer(LayerTask):
+class ExtractLayer(LayerTask):
     """One matrix, and its place in PEFT.
 
     Args:
@@ -202,7 +202,7 @@ class Layer(LayerTask):
     weighting: Weighting | None = None
 
 
-def estimate_bytes(layer: Layer, settings: ExtractionSettings) -> int:
+def estimate_bytes(layer: ExtractLayer, settings: ExtractionSettings) -> int:
     """Estimate the memory of factoring a layer in bytes: ΔW, its metric, and recovery."""
     needed = bytes_of(layer.delta, _make_allowance(layer, settings)) + weighting_bytes(
         layer.weighting, layer.shape
@@ -212,7 +212,7 @@ def estimate_bytes(layer: Layer, settings: ExtractionSettings) -> int:
     return needed
 
 
-def _make_allowance(layer: Layer, settings: ExtractionSettings) -> Allowance | None:
+def _make_allowance(layer: ExtractLayer, settings: ExtractionSettings) -> Allowance | None:
     """Return the memory and the number of values for decomposing ΔW; None without a limit.
 
     All values are needed where the rank depends on them.
@@ -223,7 +223,9 @@ def _make_allowance(layer: Layer, settings: ExtractionSettings) -> Allowance | N
     return Allowance(memory, settings.method, layer.rank.at_most or None, vectors=True)
 
 
-def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extraction | LeftOut:
+def extract(
+    layer: ExtractLayer, settings: ExtractionSettings, store: Store
+) -> Extraction | LeftOut:
     """Factor one ΔW by its truncated singular value decomposition, ΔW ≈ U_r Σ_r V_rᵀ = B·A.
 
     In the metric of the data, with L·Lᵀ = C = E[xxᵀ] and U_r the left singular vectors of ΔW·L, B·A
@@ -246,7 +248,7 @@ def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extract
 
 
 def _extract(
-    layer: Layer, settings: ExtractionSettings, store: Store, device: torch.device
+    layer: ExtractLayer, settings: ExtractionSettings, store: Store, device: torch.device
 ) -> Extraction | LeftOut:
     change = load_change(layer.delta, device, allowance=_make_allowance(layer, settings))
     if change.non_finite is not None:
@@ -368,7 +370,11 @@ def _project(change: Change, best: Factors, rank: int, weighted: Weighted) -> Fa
 
 
 def _error_on_data(
-    weighted: Weighted, best: Factors, rank: int, factors: tuple[Tensor, Tensor], layer: Layer
+    weighted: Weighted,
+    best: Factors,
+    rank: int,
+    factors: tuple[Tensor, Tensor],
+    layer: ExtractLayer,
 ) -> OnData:
     """Return the error of the stored factors in the data metric or the K-FAC metric."""
     kept = float(_compute_curve(best, rank)[-1])
@@ -389,7 +395,7 @@ def _error_on_data(
 
 def _decompose(
     change: Change,
-    layer: Layer,
+    layer: ExtractLayer,
     settings: ExtractionSettings,
     weighted: Weighted | None,
     hidden: Hidden | None,
@@ -476,7 +482,7 @@ def measure_left_out(delta: Delta, detail: str, device: str) -> LeftOut:
 
 
 def _explain_missing_factors(
-    layer: Layer, change: Change, fro: float, weighted_fro: float
+    layer: ExtractLayer, change: Change, fro: float, weighted_fro: float
 ) -> LeftOut:
     """Return the record of a layer whose rank is 0, with the reason.
 

@@ -14,13 +14,13 @@ from lora_diag.adapters.contents import Item, Part
 from lora_diag.adapters.layouts import LAYOUTS, PEFT, Placed, check_layout
 from lora_diag.adapters.portable import convert
 from lora_diag.adapters.writing import check_converted, store_factors
-from lora_diag.adapters.writing_targets import Target
+from lora_diag.adapters.writing_targets import PeftTarget
 from lora_diag.checkpoints import as_path
 from lora_diag.checkpoints.hub import loadable
 from lora_diag.decisions.extract import ExtractOptions
 from lora_diag.decisions.extract.measure import (
     ExtractionSettings,
-    Layer,
+    ExtractLayer,
     choose_rank_rules,
     estimate_bytes,
     read_rank_option,
@@ -98,9 +98,9 @@ def extract(
             same file: the K-FAC estimate of the loss that the factors miss. Requires
             ``activations``.
         split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
-        dtype: Dtype of the factors: ``float32``, ``bfloat16`` or ``float16``.
-        rest: ``save`` to store tensors without factors in full (norms, biases, resized tables),
-            ``list`` to list them.
+        adapter_dtype: Dtype of the factors: ``float32``, ``bfloat16`` or ``float16``.
+        unfactored: ``save`` to store tensors without factors in full (norms, biases, resized
+            tables), ``list`` to list them.
         portable: Write one rank for all layers, with smaller factors padded with zeros: an adapter
             that every program scales alike, see ``portability``. Stacked experts are skipped.
         format: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; all but the first imply
@@ -138,7 +138,7 @@ def extract(
     """
     options = fill_options(ExtractOptions, options)
     activations, kfac, sweep = options["activations"], options["kfac"], options["sweep"]
-    form, unfactored = options["format"], options["rest"]
+    form, unfactored = options["format"], options["unfactored"]
     recover, match_norm = options["recover"], options["match_norm"]
     base, tuned = as_path(base), as_path(tuned)
     folder = ExtractionFolder(Path(output), (base, tuned), options["overwrite"], options["resume"])
@@ -197,7 +197,7 @@ def extract(
         kept = f"the spectra are kept in {folder.work}: use $resume with another budget"
         raise UsageError(*error.args, kept) from error
     tasks = [
-        Layer(
+        ExtractLayer(
             _drop_base(delta),
             target.module,
             target.kind,
@@ -241,7 +241,7 @@ def extract(
         estimate_bytes,
         run.settings(
             ExtractionSettings,
-            dtype=options["dtype"],
+            dtype=options["adapter_dtype"],
             split=options["split"],
             recover=recover,
             match_norm=match_norm,
@@ -255,8 +255,8 @@ def extract(
         {
             "ranks": " ".join(rank_words),
             "split": options["split"],
-            "dtype": options["dtype"],
-            "rest": unfactored,
+            "adapter_dtype": options["adapter_dtype"],
+            "unfactored": unfactored,
             **({"portable": True} if portable else {}),
             **({"format": form} if form != PEFT else {}),
             **({"recover": True} if recover else {}),
@@ -268,7 +268,7 @@ def extract(
     )
 
 
-def place_target(target: Target) -> Placed:
+def place_target(target: PeftTarget) -> Placed:
     """Return a layer of BASE in the form used by the layouts of adapters."""
     part: Part = target.kind if target.kind in {"embedding", "convolution"} else "factors"
     shape = target.shape if target.kind == "embedding" else target.peft_shape
@@ -318,7 +318,7 @@ def _drop_base(delta: Delta) -> Delta:
 
 
 def _extract_layer(
-    task: Layer, files: Mapping[str, Path], settings: ExtractionSettings
+    task: ExtractLayer, files: Mapping[str, Path], settings: ExtractionSettings
 ) -> tuple[Extraction | LeftOut]:
     return (factor(task, settings, partial(store_factors, files[task.layer])),)
 

@@ -269,7 +269,7 @@ def _describe_missing(results: Results[Extraction]) -> list[str]:
         line = f"{len(items)} {REASONS[reason]}"
         if norm:
             line += f", {percent((norm / total) ** 2)} of {whole}"
-        if reason == "vector" and norm and results.run.settings.get("rest") == "list":
+        if reason == "vector" and norm and results.run.settings.get("unfactored") == "list":
             line += "; --unfactored save stores them"
         elif reason not in EXPECTED:
             line += f": {list_layers(items)}"

@@ -13,19 +13,24 @@ from lora_diag.adapters import Adapter
 from lora_diag.adapters.writing import (
     CAUSAL,
     Described,
-    Part,
+    LayerFactors,
     can_be_saved,
     check_written,
     list_full_values,
     write_adapter,
 )
-from lora_diag.adapters.writing_targets import VERIFIED_MODELS, Model, Target, names_in_memory
+from lora_diag.adapters.writing_targets import (
+    VERIFIED_MODELS,
+    MemoryModel,
+    PeftTarget,
+    names_in_memory,
+)
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.decisions.extract.measure import measure_left_out
 from lora_diag.deltas import Delta, Pairing, stored_name
 from lora_diag.errors import InputError
 from lora_diag.records import LeftOut
-from lora_diag.running.engines import Layout
+from lora_diag.running.engines import MachineLayout
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import leave_out
 
@@ -48,9 +53,9 @@ class TensorPlan:
     """
 
     base: Checkpoint
-    model: Model
+    model: MemoryModel
     pairing: Pairing
-    targets: Mapping[str, Target]
+    targets: Mapping[str, PeftTarget]
     refused: Mapping[str, str]
     save: bool
     portable: bool = False
@@ -82,7 +87,7 @@ class TensorPlan:
             )
         return tuple(notes)
 
-    def measure_left_out(self, layout: Layout, device: str) -> Iterator[LeftOut]:
+    def measure_left_out(self, layout: MachineLayout, device: str) -> Iterator[LeftOut]:
         """Yield the records of tensors without factors, with the norm of their change if it has
         one.
         """
@@ -141,7 +146,9 @@ class TensorPlan:
             base_name: Name of the base model for the config.
             metadata: Metadata of the weights file, besides its format.
         """
-        parts = [Part(self.targets[r.layer], r.rank, files[r.layer]) for r in results if r.rank]
+        parts = [
+            LayerFactors(self.targets[r.layer], r.rank, files[r.layer]) for r in results if r.rank
+        ]
         names = {
             self._find_base_name(record.layer) for record in left_out if record.reason == "saved"
         }
@@ -197,22 +204,22 @@ def plan_tensors(
     base, tuned, pairing = compared.base, compared.update, compared.pairing
     assert base is not None
     adapters = [update for update in (*others, tuned) if isinstance(update, Adapter)]
-    model = Model(
+    model = MemoryModel(
         base,
         dict(chain.from_iterable(names_in_memory(adapter, base).items() for adapter in adapters)),
     )
     resized = {
         item.layer for item in pairing.unpaired if item.reason in {"added_rows", "removed_rows"}
     }
-    targets: dict[str, Target] = {}
+    targets: dict[str, PeftTarget] = {}
     refused: dict[str, str] = {}
     for delta in pairing.deltas:
         if not delta.is_matrix:
             continue
         target = RESIZED if save and delta.layer in resized else model.find_target(delta)
-        if portable and isinstance(target, Target) and target.kind == "parameter":
+        if portable and isinstance(target, PeftTarget) and target.kind == "parameter":
             target = "stacked experts, which a portable adapter cannot hold"
-        if isinstance(target, Target):
+        if isinstance(target, PeftTarget):
             targets[delta.layer] = target
         else:
             refused[delta.layer] = target
@@ -220,7 +227,7 @@ def plan_tensors(
     return TensorPlan(base, model, pairing, targets, refused, save, portable)
 
 
-def _refuse_repeated(tuned: Path, targets: Mapping[str, Target]) -> None:
+def _refuse_repeated(tuned: Path, targets: Mapping[str, PeftTarget]) -> None:
     """Refuse two layers that change one weight of BASE.
 
     Raises:

@@ -22,7 +22,7 @@ from lora_diag.running.options import (
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class MergeMethod:
     """A method of merging.
 
     Args:
@@ -52,18 +52,20 @@ class Method:
 METHODS = {
     method.name: method
     for method in (
-        Method(
+        MergeMethod(
             "mean", "weighted mean", "Wortsman et al. 2022", averages=True, linear=True, run="add"
         ),
-        Method(
+        MergeMethod(
             "sum",
             "task arithmetic",
             "Ilharco et al. 2023, arXiv 2212.04089",
             linear=True,
             run="add",
         ),
-        Method("ties", "TIES", "Yadav et al. 2023, arXiv 2306.01708", density=0.2, entrywise=True),
-        Method(
+        MergeMethod(
+            "ties", "TIES", "Yadav et al. 2023, arXiv 2306.01708", density=0.2, entrywise=True
+        ),
+        MergeMethod(
             "dare",
             "DARE",
             "Yu et al. 2024, arXiv 2311.03099",
@@ -71,17 +73,19 @@ METHODS = {
             density=0.5,
             entrywise=True,
         ),
-        Method(
+        MergeMethod(
             "dare_ties",
             "DARE with TIES",
             "Yu et al. 2024, arXiv 2311.03099",
             density=0.5,
             entrywise=True,
         ),
-        Method("tsv", "TSV-Merge", "Gargiulo et al. 2025, arXiv 2412.00081"),
-        Method("iso_c", "Iso-C", "Marczak et al. 2025, arXiv 2502.04959"),
-        Method("knots_ties", "KnOTS-TIES", "Stoica et al. 2025, arXiv 2410.19735", density=1.0),
-        Method(
+        MergeMethod("tsv", "TSV-Merge", "Gargiulo et al. 2025, arXiv 2412.00081"),
+        MergeMethod("iso_c", "Iso-C", "Marczak et al. 2025, arXiv 2502.04959"),
+        MergeMethod(
+            "knots_ties", "KnOTS-TIES", "Stoica et al. 2025, arXiv 2410.19735", density=1.0
+        ),
+        MergeMethod(
             "core_ties",
             "TIES in Core Space",
             "Panariello et al. 2025, arXiv 2509.17786",
@@ -100,14 +104,14 @@ ALL = "all"
 class JudgeOptions(ModelOptions, Notes, total=False):
     """Options of comparing merges by their losses."""
 
-    evaluate: Annotated[
+    eval: Annotated[
         Sequence[str],
         Option(
             (),
             "Held-out text; NAME is the folder of the update whose task it is; repeatable.",
             "[NAME=]FILE",
-            ("--eval",),
-            options.INPUTS,
+            panel=options.INPUTS,
+            former="evaluate",
         ),
     ]
     scales: Annotated[
@@ -139,7 +143,7 @@ class MergeOptions(JudgeOptions, Matching, Resources, Resuming, Callbacks, total
     ]
     rank: Annotated[int | None, options.RANK]
     energy: Annotated[float | None, options.ENERGY]
-    full: Annotated[bool, options.CHECKPOINT]
+    checkpoint: Annotated[bool, options.CHECKPOINT]
     output_dtype: Annotated[
         str | None,
         Option(
@@ -162,12 +166,10 @@ class MergeRunOptions(MergeOptions, total=False):
     output: Annotated[Path, Option(REQUIRED, "Results file.", "FILE", cli=False)]
 
 
-class FolderOutput(TypedDict, total=False):
+class MergeOutput(TypedDict, total=False):
     """The output of the command."""
 
-    output: Annotated[
-        Path, Option(REQUIRED, "Folder to write.", "OUT", ("--output", "-o"), options.OUTPUT)
-    ]
+    output: Annotated[Path, Option(REQUIRED, "Folder to write.", "OUT", "-o", options.OUTPUT)]
 
 
 FEATURE = Feature(
@@ -193,7 +195,7 @@ FEATURE = Feature(
                     "updates", "One or more adapters or fine-tuned checkpoints.", "TUNED", True
                 ),
             ),
-            options=(FolderOutput, MergeOptions),
+            options=(MergeOutput, MergeOptions),
             suggest=".show:suggest_next",
         ),
     ),

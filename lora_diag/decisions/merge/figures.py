@@ -59,18 +59,20 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         Panel(name, partial(_draw, slots=slots, low=low), "", "kept", style.panel, name=name)
         for name, slots in zip(names, runs, strict=True)
     ]
+    notes = [
+        "Blocks run from left to right in each module type. Weights alone do not show the loss of "
+        "a merge."
+    ]
     joined = max(slot.joined for slots in runs for slot in slots)
-    hidden = len(by_update) - len(shown)
+    if joined > 1:
+        notes.append(f"A bar is the median of up to {joined} layers.")
+    if hidden := len(by_update) - len(shown):
+        notes.append(f"Not drawn: {hidden} more updates.")
     return Page(
         "Factor with which each update is in the merge, ⟨M, ΔW⟩/‖ΔW‖²",
         stack_panels(panels, runs, style),
         f"{count_matrices(next(iter(shown.values())))}; 1: the whole update, 0: none of it",
-        [
-            "Blocks run from left to right in each module type. Weights alone do not show the loss "
-            "of a merge.",
-            f"A bar is the median of up to {joined} layers." if joined > 1 else "",
-            f"Not drawn: {hidden} more updates." if hidden else "",
-        ],
+        notes,
         columns=1,
         low=True,
         share=True,
@@ -88,11 +90,9 @@ def make_loss_page(series: Sequence[Series[Any]], style: PageStyle, options: Opt
         raise UndrawableError("no merge was judged by its loss")
 
     def rows_of(item: Series[MergedLoss], name: str, color: str) -> list[Row]:
-        owner, found = (
-            owner_of(item, series),
-            [record for record in item.records if record.set == name],
-        )
-        rows = [row for record in found if (row := _make_row(record, owner)) is not None]
+        owner = owner_of(item, series)
+        of_set = [_make_row(record, owner) for record in item.records if record.set == name]
+        rows = [row for row in of_set if row is not None]
         return sorted(rows, key=lambda row: row.value)[:ROWS]
 
     page = make_rows_page(
@@ -116,46 +116,23 @@ def make_loss_page(series: Sequence[Series[Any]], style: PageStyle, options: Opt
 
 def _make_row(record: MergedLoss, owner: str) -> Row | None:
     """Return the row of a model of a run; None for the one that others are compared with."""
-    reference = "base" if record.update is None else "alone"
-    value, error = (
-        (record.change, record.change_error)
-        if record.update is None
-        else (record.gap, record.gap_error)
-    )
+    if record.update is None:
+        reference, value, error = "base", record.change, record.change_error
+    else:
+        reference, value, error = "alone", record.gap, record.gap_error
     if value is None or record.method == reference:
         return None
     half = paired_half(error, len(record.nll) - record.skipped)
-    return Row(
-        f"{owner}{name_model(record.method, record.scale)}",
-        value,
-        half,
-        KEPT if record.chosen else QUIET,
-    )
+    label = f"{owner}{name_model(record.method, record.scale)}"
+    return Row(label, value, half, KEPT if record.chosen else QUIET)
 
 
 def _draw(ax: Axes, style: PageStyle, slots: Sequence[Slot[Merged]], low: float) -> None:
-    line: dict[str, Any] = {"lw": 1.3 * style.line}
-    draw_bars(
-        ax,
-        slots,
-        median_of(lambda r: r.kept),
-        label="kept",
-        color=KEPT,
-        fill=True,
-        baseline=0,
-        lw=0,
-    )
-    draw_bars(
-        ax, slots, median_of(lambda r: r.kept_mean), label="mean of the updates", color=MEAN, **line
-    )
-    draw_bars(
-        ax,
-        slots,
-        median_of(lambda r: r.kept_random),
-        label="random updates",
-        color=INK,
-        ls=DOTTED,
-        **line,
-    )
+    look: dict[str, Any] = {"label": "kept", "color": KEPT, "fill": True, "baseline": 0, "lw": 0}
+    draw_bars(ax, slots, median_of(lambda r: r.kept), **look)
+    look = {"label": "mean of the updates", "color": MEAN, "lw": 1.3 * style.line}
+    draw_bars(ax, slots, median_of(lambda r: r.kept_mean), **look)
+    look = {"label": "random updates", "color": INK, "ls": DOTTED, "lw": 1.3 * style.line}
+    draw_bars(ax, slots, median_of(lambda r: r.kept_random), **look)
     ax.set_ylim(bottom=low)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4))

@@ -22,26 +22,25 @@ import torch
 from torch import Tensor
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.decisions.merge import JudgeOptions, Method
+from lora_diag.decisions.merge import JudgeOptions, MergeMethod
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, write_merge
 from lora_diag.decisions.merge.record import MergedLoss
 from lora_diag.deltas import Delta, FactoredDelta, Side, StoredDelta
 from lora_diag.errors import Given, InputError, UsageError
+from lora_diag.metrics.statistics import MIN_SEQUENCES, paired_difference
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses, measure
-from lora_diag.models.swapping import FULL, Swapped
+from lora_diag.models.losses import Losses, LossesBySet
+from lora_diag.models.swapping import Swapped
 from lora_diag.records import RunInput
 from lora_diag.rendering.text import quantity
 from lora_diag.running.inputs import Comparison
+from lora_diag.running.judging import require_finite
 from lora_diag.running.options import list_options
 from lora_diag.running.probing import ProbeRun, describe_texts
 from lora_diag.running.updates import tuned_path
 
 # A model whose losses are compared: ``base``, ``alone`` or a method, and λ of a method.
 Model = tuple[str, float | None]
-
-# Fewest sequences of a text of which one half chooses and the other reports.
-MIN_SEQUENCES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ class Candidate:
         density: Fraction of entries to keep; None for a method without one.
     """
 
-    method: Method
+    method: MergeMethod
     weights: tuple[float, ...]
     density: float | None
 
@@ -122,9 +121,9 @@ class MergeJudge:
         compared: Sequence[Comparison],
         names: Sequence[str],
     ) -> None:
-        tasks = read_tasks(options["evaluate"], names)
+        tasks = read_tasks(options["eval"], names)
         own = {name: options[name] for name in list_options(JudgeOptions)} | {
-            "evaluate": [path for _, path in tasks]
+            "eval": [path for _, path in tasks]
         }
         self._options, self._base, self._compared = options, base, compared
         self._run = ProbeRun("merge", own, JudgeOptions)
@@ -171,35 +170,18 @@ class MergeJudge:
                 finite.
         """
         scales = list(dict.fromkeys(map(float, self._options["scales"]))) or [settings.scale]
-        count, run = len(candidates) * len(scales), self._run
-        if count > 1 and (
-            few := next((t for t in self._texts if len(t.sequences) < MIN_SEQUENCES), None)
-        ):
-            problem = (
-                f"has {quantity(len(few.sequences), 'sequence')}, and half of them choose the merge"
-            )
-            fix = f"give at least {MIN_SEQUENCES}, or one $method and $scale"
-            raise UsageError(Given("eval", few.path), problem, fix)
-        run.watch.total = (count + 1) * run.batches(self._texts)
-        run.watch.total += run.batches(
-            [text_set for text_set in self._texts if self._task[text_set.name] is not None]
-        )
-        merges = f"{quantity(count, 'merge')} on {quantity(len(self._texts), 'set')}"
-        run.estimate(self._texts[0], f"BASE, each update on its text, and {merges}")
-        losses: dict[Model, dict[str, Losses]] = {
-            ("base", None): self._measure("BASE", self._texts),
-            ("alone", None): self._measure_alone(),
-        }
-        for who, found in (
-            (self._base, losses["base", None]),
-            ("an update", losses["alone", None]),
-        ):
-            if bad := next((name for name, own in found.items() if not own.is_finite), None):
-                raise InputError(
-                    who,
-                    f"its loss on {bad} is not finite",
-                    "check the weights, or use $dtype float32",
-                )
+        count, run, texts = len(candidates) * len(scales), self._run, self._texts
+        if count > 1:
+            for each in texts:
+                _require_halves(each)
+        run.watch.total = (count + 1) * run.batches(texts)
+        run.watch.total += run.batches([t for t in texts if self._task[t.name] is not None])
+        merges = f"{quantity(count, 'merge')} on {quantity(len(texts), 'set')}"
+        run.estimate(texts[0], f"BASE, each update on its text, and {merges}")
+        base, alone = run.measure(texts, "BASE"), self._measure_alone()
+        require_finite(str(self._base), base)
+        require_finite("an update", alone)
+        losses: dict[Model, LossesBySet] = {("base", None): base, ("alone", None): alone}
         exact = all((settings.dtype or side.dtype) == "float32" for side in sides.values())
         for candidate in candidates:
             for written in [1.0] if exact else scales:
@@ -215,28 +197,23 @@ class MergeJudge:
                     swapped = Swapped(
                         run.model, self._write(candidate, tasks, sides, own, Path(scratch)), 0
                     )
-                    if self._options["full"] and settings.dtype:
+                    if self._options["checkpoint"] and settings.dtype:
                         self._round(settings.dtype)
                     for scale in scales if exact else [written]:
                         swapped.scale({}, scale / written)
                         label = f"{candidate.method.name} λ={scale:g}"
-                        losses[candidate.method.name, scale] = self._measure(label, self._texts)
+                        losses[candidate.method.name, scale] = run.measure(texts, label)
                     swapped.scale({}, 0.0)
         return list(self._make_records(losses, count > 1))
 
-    def _measure(self, label: str, texts: Sequence[Texts]) -> dict[str, Losses]:
-        step = partial(self._run.watch.batch, label)
-        return {each.name: measure(self._run.model, each, self._run.batch, step) for each in texts}
-
-    def _measure_alone(self) -> dict[str, Losses]:
+    def _measure_alone(self) -> LossesBySet:
         """Return the losses of each update on the texts of its task."""
-        losses: dict[str, Losses] = {}
+        losses: LossesBySet = {}
         for index, compared in enumerate(self._compared):
-            if own := [text_set for text_set in self._texts if self._task[text_set.name] == index]:
-                swapped = Swapped(self._run.model, compared.pairing.deltas, 0)
-                swapped.arrange({}, FULL)
-                losses |= self._measure(tuned_path(compared), own)
-                swapped.arrange({})
+            own = [each for each in self._texts if self._task[each.name] == index]
+            if own:
+                with Swapped(self._run.model, compared.pairing.deltas, 0).applied():
+                    losses |= self._run.measure(own, tuned_path(compared))
         return losses
 
     @torch.no_grad()
@@ -281,27 +258,17 @@ class MergeJudge:
                 )
 
     def _make_records(
-        self, losses: Mapping[Model, Mapping[str, Losses]], choosing: bool
+        self, losses: Mapping[Model, LossesBySet], choosing: bool
     ) -> Iterator[MergedLoss]:
         """Yield the records: of BASE, of updates alone, and of candidates, of which one
         is chosen.
         """
         base, alone = losses["base", None], losses["alone", None]
-        half = {
-            text_set.name: len(text_set.sequences) // 2 if choosing else 0
-            for text_set in self._texts
-        }
+        half = {each.name: len(each.sequences) // 2 if choosing else 0 for each in self._texts}
         cost: dict[Model, float] = {}
         for model, own in losses.items():
             if model[1] is not None and all(found.is_finite for found in own.values()):
-                first = {name: slice(half[name] or None) for name in own}
-                rises = [
-                    _part(own[name], s).minus(_part(alone.get(name, base[name]), s))[0]
-                    for name, s in first.items()
-                ]
-                cost[model] = (
-                    max(rises) if self._options["choose"] == "worst" else sum(rises) / len(rises)
-                )
+                cost[model] = self._weigh_rises(own, base | alone, half)
         if not cost:
             raise InputError(
                 self._base, "no merge has a finite loss", "check the weights, or use $dtype float32"
@@ -319,32 +286,58 @@ class MergeJudge:
                     skipped=half[name],
                     cost=cost.get(model),
                     chosen=model == best,
-                    **_compare(own[name], base[name], alone.get(name), slice(half[name], None)),
+                    **_compare(own[name], base[name], alone.get(name), half[name]),
                 )
 
+    def _weigh_rises(
+        self, own: LossesBySet, baseline: LossesBySet, half: Mapping[str, int]
+    ) -> float:
+        """Return what the choice minimizes: the rises of losses by the sequences that choose, all
+        if they are 0.
+        """
+        rises = []
+        for name, losses in own.items():
+            first = slice(half[name] or None)
+            rises.append(losses[first].minus(baseline[name][first])[0])
+        return max(rises) if self._options["choose"] == "worst" else sum(rises) / len(rises)
 
-def _part(losses: Losses, span: slice) -> Losses:
-    return Losses(losses.sums[span], losses.counts[span])
+
+def _require_halves(texts: Texts) -> None:
+    """Require that one half of a text can choose the merge and the other report its loss.
+
+    Raises:
+        UsageError: It has too few sequences.
+    """
+    count = len(texts.sequences)
+    if count < MIN_SEQUENCES:
+        problem = f"has {quantity(count, 'sequence')}, and half of them choose the merge"
+        fix = f"give at least {MIN_SEQUENCES}, or one $method and $scale"
+        raise UsageError(Given("eval", texts.path), problem, fix)
 
 
-def _compare(
-    own: Losses, base: Losses, alone: Losses | None, span: slice
-) -> dict[str, float | None]:
-    """Return the loss of a model on some sequences, and its paired differences from BASE and from
-    the update alone.
+def _compare(own: Losses, base: Losses, alone: Losses | None, first: int) -> dict[str, Any]:
+    """Return the loss of a model on the sequences from ``first`` on, and its paired differences
+    from BASE and from the update alone.
     """
     if not own.is_finite:
         return {"loss": None}
-    own, base = _part(own, span), _part(base, span)
-    zero = Losses(torch.zeros_like(own.sums), own.counts)
-    pairs = {"loss": own.minus(zero), "change": own.minus(base)}
-    kept = None
+    rest = slice(first, None)
+    own = own[rest]
+    loss, loss_error = paired_difference(
+        own.sums.tolist(), [0.0] * len(own.sums), own.counts.tolist()
+    )
+    change, change_error = own.minus(base[rest])
+    fields = {
+        "loss": loss,
+        "loss_error": loss_error,
+        "change": change,
+        "change_error": change_error,
+    }
     if alone is not None:
-        pairs["gap"] = own.minus(_part(alone, span))
-        gain = pairs["gap"][0] - pairs["change"][0]
-        kept = -pairs["change"][0] / gain if gain > 0 else None
-    errors = {f"{name}_error": error for name, (_, error) in pairs.items()}
-    return {name: value for name, (value, _) in pairs.items()} | errors | {"kept": kept}
+        gap, fields["gap_error"] = own.minus(alone[rest])
+        fields["gap"] = gap
+        fields["kept"] = -change / (gap - change) if gap > change else None
+    return fields
 
 
 def _read_factors(file: Path, task: MergeTask) -> tuple[Tensor, Tensor]:

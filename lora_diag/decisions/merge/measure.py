@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_diag.adapters.writing import store_factors
 from lora_diag.checkpoints.rewriting import write_tensors
 from lora_diag.decisions.extract.measure import NUMERICALLY_ZERO, split_factors
-from lora_diag.decisions.merge import METHODS, Method
+from lora_diag.decisions.merge import METHODS, MergeMethod
 from lora_diag.decisions.merge import methods as mergers
 from lora_diag.decisions.merge.methods import Request
 from lora_diag.decisions.merge.record import Merged
@@ -291,7 +291,7 @@ def _compare_others(
     return found
 
 
-def choose_merger(method: Method, is_matrix: bool) -> mergers.Merger:
+def choose_merger(method: MergeMethod, is_matrix: bool) -> mergers.Merger:
     """Return the function of a method; for 1-D tensors, of methods of matrices, that of the
     weighted mean.
 

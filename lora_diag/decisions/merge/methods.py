@@ -61,7 +61,7 @@ Merger = Callable[[Sequence[Matrix], Request], Matrix]
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class CommonFrame:
     """Updates in the bases of their common spaces.
 
     Args:
@@ -81,7 +81,7 @@ class Frame:
         return self.left @ core, self.right
 
 
-def reduce_to_cores(parts: Sequence[Matrix]) -> Frame:
+def reduce_to_cores(parts: Sequence[Matrix]) -> CommonFrame:
     """Return updates in the singular bases of their stacked factors; dense ones, if any is, in the
     identity.
 
@@ -91,10 +91,10 @@ def reduce_to_cores(parts: Sequence[Matrix]) -> Frame:
     """
     pairs = [part for part in parts if isinstance(part, tuple)]
     if len(pairs) < len(parts):
-        return Frame(None, None, tuple(torch.cat(list(rows_of(part))) for part in parts))
+        return CommonFrame(None, None, tuple(torch.cat(list(rows_of(part))) for part in parts))
     b, a = stack_products(pairs, [1.0] * len(pairs))
     left, right = _find_basis(b), _find_basis(a.T).T
-    return Frame(
+    return CommonFrame(
         left, right, tuple((left.T @ b.double()) @ (a.double() @ right.T) for b, a in pairs)
     )
 

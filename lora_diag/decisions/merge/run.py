@@ -25,9 +25,9 @@ from lora_diag.decisions.merge import (
     ALL,
     METHODS,
     JudgeOptions,
+    MergeMethod,
     MergeOptions,
     MergeRunOptions,
-    Method,
 )
 from lora_diag.decisions.merge.judge import Candidate, MergeJudge
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, estimate_bytes, merge_layer
@@ -68,7 +68,7 @@ def merge(
 
     M of a layer is merged from the updates that change it; an update without the layer counts as
     zero. The output is an adapter with the exact rank of M, or its best approximation of a lower
-    rank, or with ``full`` the checkpoint W + M. Of one update, M = ``scale``·ΔW.
+    rank, or with ``checkpoint`` the checkpoint W + M. Of one update, M = ``scale``·ΔW.
 
     Args:
         base: Base checkpoint.
@@ -76,7 +76,7 @@ def merge(
         output: Folder to write. It is written as ``NAME.part`` and renamed when complete.
         method: ``mean``, ``sum`` (task arithmetic), ``ties``, ``dare``, ``dare_ties``, ``tsv``,
             ``iso_c``, ``knots_ties`` or ``core_ties``; see ``lora_diag.decisions.merge.methods``.
-            With ``evaluate`` also ``all``: of those that can be written, the one that is chosen by
+            With ``eval`` also ``all``: of those that can be written, the one that is chosen by
             its losses. Of one update, ``mean`` or ``sum``.
         weights: w_k; by default 1/K for ``mean`` and ``dare`` and 1 for the others. ``mean``
             divides them by their sum.
@@ -84,11 +84,11 @@ def merge(
         density: Fraction of entries that TIES and DARE keep; default by method.
         rank: Largest rank of a layer.
         energy: The smallest rank of each layer that keeps this fraction of ‖M‖².
-        full: Write the checkpoint W + M.
-        evaluate: Held-out texts, each ``NAME=FILE`` with the name of an update's folder, whose task
+        checkpoint: Write the checkpoint W + M.
+        eval: Held-out texts, each ``NAME=FILE`` with the name of an update's folder, whose task
             it is, or ``FILE``. Losses of BASE, of each update on its own text, and of the merge are
             measured.
-        scales: With ``evaluate``: factors λ to choose from.
+        scales: With ``eval``: factors λ to choose from.
         choose: With several merges: the one with the smallest rise of the loss on the ``worst``
             task, or in the ``mean``, above the updates alone, by the first half of each text.
         output_dtype: Dtype of the output; by default float32 for an adapter, and that of BASE for a
@@ -126,7 +126,7 @@ def merge(
     options = fill_options(MergeOptions, options)
     if not updates:
         raise UsageError("merge: no update; give BASE, then adapters or fine-tunes of it")
-    full, form, portable = options["full"], options["format"], options["portable"]
+    full, form, portable = options["checkpoint"], options["format"], options["portable"]
     candidates = list_candidates(options, len(updates))
     base, paths = as_path(base), [as_path(path) for path in updates]
     refuse_repeated(paths, base)
@@ -145,7 +145,7 @@ def merge(
         tuple(sorted(deltas.values(), key=lambda delta: natural_order(delta.layer))),
         skipped.unpaired,
     )
-    sides = _find_sides(pairing, base) if full or options["evaluate"] else {}
+    sides = _find_sides(pairing, base) if full or options["eval"] else {}
     planned = None
     if full:
         tasks = [
@@ -174,7 +174,7 @@ def merge(
         dtype=options["output_dtype"] or (None if full else "float32"),
     )
     method, judge, losses = candidates[0].method.name, None, list[MergedLoss]()
-    if options["evaluate"]:
+    if options["eval"]:
         judge = MergeJudge(options, base, compared, short_paths([legible(path) for path in paths]))
         if (
             folder.whole
@@ -200,7 +200,7 @@ def merge(
         "scale": settings.scale,
         "rank": options["rank"],
         "energy": options["energy"],
-        "full": full,
+        "checkpoint": full,
         "output_dtype": options["output_dtype"],
         "weights": list(chosen.weights),
         "density": chosen.density,
@@ -301,12 +301,12 @@ def _select_writable(
 
 
 def _find_unwritable(
-    tasks: Sequence[MergeTask], method: Method, options: MergeOptions
+    tasks: Sequence[MergeTask], method: MergeMethod, options: MergeOptions
 ) -> UsageError | None:
     """Return the error of a method that needs factors that an update lacks, or whose merge has none
     and no rank is requested; None if there is none.
     """
-    limited = options["full"] or options["rank"] or options["energy"]
+    limited = options["checkpoint"] or options["rank"] or options["energy"]
     for task in tasks:
         dense = task.is_matrix and not task.factored
         if dense and method.needs_factors:
@@ -327,7 +327,7 @@ def _find_unwritable(
 
 
 def _choose_weights(
-    method: Method, requested: Sequence[float] | None, count: int
+    method: MergeMethod, requested: Sequence[float] | None, count: int
 ) -> tuple[float, ...]:
     """Return the weights: as given, divided by their sum for ``mean``, or the method's default.
 
@@ -377,9 +377,9 @@ def _check_numbers(options: MergeOptions) -> None:
         "format": options["format"] != PEFT,
     }
     for option, value in of_adapters.items():
-        if options["full"] and value:
+        if options["checkpoint"] and value:
             raise UsageError(Given(option), "applies to adapters", "remove it, or $checkpoint")
-    if not options["evaluate"] and (options["method"] == ALL or options["scales"]):
+    if not options["eval"] and (options["method"] == ALL or options["scales"]):
         raise UsageError(
             Given("method", ALL) if options["method"] == ALL else Given("scales"),
             "compares merges by their loss",

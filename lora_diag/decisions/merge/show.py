@@ -62,11 +62,11 @@ def suggest_next(results: Results[Merged], values: Mapping[str, Any]) -> Hint | 
     into BASE.
     """
     updates = values["updates"]
-    if values["full"] and len(updates) == 1 and values["scale"] in (None, 1.0):
+    if values["checkpoint"] and len(updates) == 1 and values["scale"] in (None, 1.0):
         return Hint("verify-merge {base} {updates} {output}", "checks every entry")
     if not results.whole_of(MergedLoss):
         return Hint("probe outputs {base} {output} --eval held_out.txt", "the loss, once per task")
-    if values["full"]:
+    if values["checkpoint"]:
         return None
     return Hint("merge {base} {output} --checkpoint -o served/", "adds it to BASE")
 
@@ -162,7 +162,7 @@ def _describe_written(results: Results[Merged], output: Path | str | None) -> St
     what += describe_merge(results)
     other_dtypes = sorted({record.dtype for record in layers} - {"float32"})
     dtypes = "".join(f", {dtype}" for dtype in other_dtypes)
-    if settings["full"]:
+    if settings["checkpoint"]:
         text = f"{what} in {quantity(len(layers), 'tensor')} of a checkpoint{dtypes}"
     else:
         written = [record for record in layers if record.rank]
@@ -223,7 +223,9 @@ def _describe_losses(results: Results[Merged]) -> list[Statement]:
     others = {name: group for name, group in merges.items() if name not in chosen}
     counts = [record.predictions for record in by_model["base", None]]
     [(name, best)] = chosen.items()
-    alike = [other for other, group in others.items() if not _is_worse(group, best, counts)]
+    alike = [
+        other for other, group in others.items() if not _is_worse(group, best, counts, len(others))
+    ]
     text = f"{name}{_describe_rise(best)}"
     if alike:
         text += f"; not significantly worse on any text: {list_names(alike, len(METHODS))}"
@@ -276,17 +278,20 @@ def _find_worse_than_base(
 
 
 def _is_worse(
-    records: Sequence[MergedLoss], chosen: Sequence[MergedLoss], counts: Sequence[Sequence[int]]
+    records: Sequence[MergedLoss],
+    chosen: Sequence[MergedLoss],
+    counts: Sequence[Sequence[int]],
+    others: int,
 ) -> bool:
-    """Return whether a merge is significantly worse than the chosen one on any text, or has no
-    finite loss.
+    """Return whether a merge, one of several others, is significantly worse than the chosen one on
+    any text, or has no finite loss.
     """
     for own, best, of_set in zip(records, chosen, counts, strict=True):
         if not own.nll:
             return True
         rest = slice(own.skipped, None)
         gap, error = paired_difference(own.nll[rest], best.nll[rest], of_set[rest])
-        half = paired_half(error, len(of_set[rest]))
+        half = paired_half(error, len(of_set[rest]), others)
         if half is not None and gap > half:
             return True
     return False
@@ -388,7 +393,7 @@ def merge_card(results: Results[Merged], base_name: str, command: str) -> str:
     """
     settings = results.run.settings
     method = METHODS[settings["method"]]
-    is_adapter = not settings["full"]
+    is_adapter = not settings["checkpoint"]
     kind = "LoRA adapter" if is_adapter else "Checkpoint"
     title = f"{kind} merged with {method.title}"
     source = (

@@ -18,7 +18,7 @@ class PlanOptions(TypedDict, total=False):
     params: Annotated[str | int | None, options.PARAMS]
     memory_budget: Annotated[str | int | None, options.MEMORY_BUDGET]
     optimizer: Annotated[str, options.OPTIMIZER]
-    dtype: Annotated[str, options.ADAPTER_DTYPE]
+    adapter_dtype: Annotated[str, options.ADAPTER_DTYPE]
     cost: Annotated[
         bool, Option(False, "Also estimate the run time of spectrum, by timing this machine.")
     ]

@@ -17,7 +17,7 @@ from lora_diag.decisions.plan.architectures import Matrix
 from lora_diag.decisions.plan.record import PlanCost, PlanRates
 from lora_diag.linalg.krylov import smallest_order
 from lora_diag.linalg.methods import time_full, time_leading, time_pass
-from lora_diag.running.engines import Layout, layout_for, run_local
+from lora_diag.running.engines import MachineLayout, layout_for, run_local
 
 # Numbers of machines in the table.
 MACHINES = (1, 8, 64)
@@ -138,7 +138,9 @@ def _time_kernels(matrices: Sequence[Matrix], top: int) -> PlanRates:
     )
 
 
-def _time_side_by_side(work: Callable[[], T], order: int, layout: Layout) -> tuple[int, list[T]]:
+def _time_side_by_side(
+    work: Callable[[], T], order: int, layout: MachineLayout
+) -> tuple[int, list[T]]:
     """Return the cores per run of ``work``, and results of as many runs as fit side by side, at
     least 3 if quick.
     """

@@ -47,7 +47,7 @@ from lora_diag.decisions.plan.record import (
 from lora_diag.decisions.targets import (
     BYTES,
     STATE,
-    Training,
+    TrainingMemory,
     read_memory,
     why_no_target,
 )
@@ -185,7 +185,7 @@ def memory_of(params: int, dtype: str) -> dict[str, int]:
     >>> memory_of(1_000_000, "float32")["adamw"]
     16000000
     """
-    return {name: math.ceil(params * Training(name, dtype).bytes_per_param) for name in STATE}
+    return {name: math.ceil(params * TrainingMemory(name, dtype).bytes_per_param) for name in STATE}
 
 
 def fit_ranks(
@@ -248,7 +248,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         memory_budget: Budget of bytes for the adapter, its gradients and its optimizer's state,
             such as ``"2GB"``.
         optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory_budget``.
-        dtype: Dtype of the trainable parameters and their gradients.
+        adapter_dtype: Dtype of the trainable parameters and their gradients.
         cost: Whether to estimate the run time of ``spectrum``, by timing this machine for some
             seconds.
         top: Number of largest values in the second of two estimates.
@@ -279,8 +279,8 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     """
     options = fill_options(PlanOptions, options)
     target, params, memory = options["layers"], options["params"], options["memory_budget"]
-    ranks, dtype = sorted(set(options["ranks"])), options["dtype"]
-    training = Training(options["optimizer"], dtype)
+    ranks, dtype = sorted(set(options["ranks"])), options["adapter_dtype"]
+    training = TrainingMemory(options["optimizer"], dtype)
     if params is not None and memory is not None:
         raise UsageError(
             Given("memory_budget"), "cannot be combined with $params", "give one of them"

@@ -67,7 +67,7 @@ E2M1_EXPONENT, E8M0 = 2, 127
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class StorageTarget:
     """A storage format.
 
     Args:
@@ -81,7 +81,9 @@ class Target:
     per_tensor: bool = False
 
 
-def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, target: StorageTarget, peaks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return a matrix, or whole groups of its inputs, as codes of a format and as the numbers that
     they encode.
 
@@ -96,7 +98,7 @@ def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Te
         Codes, and the numbers that they encode, float64; both ``(out, in)``.
 
     Example:
-        >>> quantize(torch.tensor([[1.0, 0.3, -6.1]]), Target("mxfp4", 32))[1]
+        >>> quantize(torch.tensor([[1.0, 0.3, -6.1]]), StorageTarget("mxfp4", 32))[1]
         tensor([[ 1.0000,  0.5000, -6.0000]], dtype=torch.float64)
     """
     if target.name in SIXTEEN_BIT:
@@ -182,7 +184,7 @@ NEEDS_BASE = "W itself is rounded, and BASE does not hold this weight"
 
 
 @dataclass(frozen=True, slots=True)
-class MergeTask(LayerTask):
+class StorageTask(LayerTask):
     """A layer and its storage.
 
     Args:
@@ -202,11 +204,11 @@ class PlanSettings:
         memory: Memory limit of a layer in bytes; None without limit.
     """
 
-    target: Target
+    target: StorageTarget
     memory: int | None = None
 
 
-def estimate_bytes(task: MergeTask, settings: PlanSettings) -> int:
+def estimate_bytes(task: StorageTask, settings: PlanSettings) -> int:
     """Estimate the memory of measuring a layer in bytes."""
     rows, columns = task.shape
     needed = BLOCK * min(
@@ -215,7 +217,7 @@ def estimate_bytes(task: MergeTask, settings: PlanSettings) -> int:
     return needed + (COMPUTED * rows * columns if isinstance(task.delta, DenseDelta) else 0)
 
 
-def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | LeftOut]:
+def measure(task: StorageTask, settings: PlanSettings) -> tuple[PlannedMerge | LeftOut]:
     """Measure one layer by rounding W and W + ΔW.
 
     Returns:
@@ -240,7 +242,7 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
     return (layer.round_entries(),)
 
 
-def _rows_per_group(task: MergeTask, target: Target) -> int:
+def _rows_per_group(task: StorageTask, target: StorageTarget) -> int:
     """Return the number that the rows of a block are a multiple of: a group if groups are along
     columns, else 1.
     """
@@ -274,8 +276,8 @@ class _Sum:
 class _Layer:
     """One layer during its measurement: ``scan`` reads it, then ``round_entries`` measures it."""
 
-    task: MergeTask
-    target: Target
+    task: StorageTask
+    target: StorageTarget
     base: Side
     energy: float = 0.0
     base_energy: float = 0.0
@@ -325,7 +327,7 @@ class _Layer:
         """Round every entry; return the record of the layer."""
         delta, target = self.task.delta, self.target
         sums = {name: _Sum() for name in (*SIXTEEN_BIT, target.name)}
-        formats = {name: target if name == target.name else Target(name) for name in sums}
+        formats = {name: target if name == target.name else StorageTarget(name) for name in sums}
         changed, base = 0, _Sum()
         within: float | Tensor = 0.0
         for (first, last), w, u in self._read_blocks():
@@ -455,7 +457,7 @@ def plan_merge(
     assert compared.base is not None
     orientation = Orientation(compared.base, {}, flag=False)
     return run.over(
-        [MergeTask(delta, _is_in_out(delta, orientation)) for delta in compared.matrices],
+        [StorageTask(delta, _is_in_out(delta, orientation)) for delta in compared.matrices],
         measure,
         estimate_bytes,
         PlanSettings(target),
@@ -466,7 +468,7 @@ def plan_merge(
     )
 
 
-def _make_target(to: str, group_size: int | None, scale: str | None) -> Target:
+def _make_target(to: str, group_size: int | None, scale: str | None) -> StorageTarget:
     """Return the format of ``--to`` with its options.
 
     Raises:
@@ -478,7 +480,7 @@ def _make_target(to: str, group_size: int | None, scale: str | None) -> Target:
         raise UsageError(Given("scale"), "applies to fp8 only", f"remove it with $to {to}")
     if group_size is not None and group_size < 1:
         raise UsageError(Given("group_size", group_size), "must be a positive integer")
-    return Target(to, group_size or GROUPS.get(to, 0), scale == "tensor")
+    return StorageTarget(to, group_size or GROUPS.get(to, 0), scale == "tensor")
 
 
 def _is_in_out(delta: Delta, orientation: Orientation) -> bool:

@@ -28,7 +28,7 @@ class RecoverOptions(FolderOptions, total=False):
         str | None,
         Option(None, "Time limit, e.g. 2h or 90min; default: none.", "TIME", panel=EXECUTION),
     ]
-    full: Annotated[bool, CHECKPOINT]
+    checkpoint: Annotated[bool, CHECKPOINT]
     leave_out_refused: Annotated[
         bool,
         Option(
@@ -63,7 +63,7 @@ class RecoverOutput(TypedDict, total=False):
             None,
             "Folder to write, or results file for records only.",
             "OUT",
-            ("--output", "-o"),
+            "-o",
             OUTPUT,
         ),
     ]

@@ -47,7 +47,7 @@ from lora_diag.layers.change import Change, bytes_of, load_change, measure_on_de
 from lora_diag.layers.lineage import make_unrelated_error
 from lora_diag.layers.recovery import (
     DEFAULT_RANKS,
-    Estimate,
+    RecoveryEstimate,
     check_cell_memory,
     estimate_hidden_energy,
     recover_layer,
@@ -303,7 +303,7 @@ def _write(
     request: OutputRequest,
     delta: StoredDelta,
     change: Change,
-    estimate: Estimate,
+    estimate: RecoveryEstimate,
     curve: NDArray[np.float64],
     settings: LayerSettings,
     file: Path,
@@ -341,7 +341,10 @@ def _write(
 
 
 def _choose_rank(
-    request: OutputRequest, shape: tuple[int, int], estimate: Estimate, curve: NDArray[np.float64]
+    request: OutputRequest,
+    shape: tuple[int, int],
+    estimate: RecoveryEstimate,
+    curve: NDArray[np.float64],
 ) -> int:
     """Return the smallest rank with the requested fraction of the energy; without one, the largest
     useful rank.
@@ -358,7 +361,7 @@ def _choose_rank(
     return rank_at(curve, request.energy) or len(curve)
 
 
-def _compute_length_factor(estimate: Estimate) -> float:
+def _compute_length_factor(estimate: RecoveryEstimate) -> float:
     """Return ‖X‖_F as estimated over ‖E[X | cells]‖_F, at least 1."""
     length = math.hypot(
         *(float(torch.linalg.vector_norm(block, dtype=torch.float64)) for block in estimate.mean())
@@ -366,7 +369,9 @@ def _compute_length_factor(estimate: Estimate) -> float:
     return max(1.0, (estimate.hidden.fro_estimate or 0.0) / length) if length else 1.0
 
 
-def _write_weight(delta: StoredDelta, estimate: Estimate, factor: float, file: Path) -> None:
+def _write_weight(
+    delta: StoredDelta, estimate: RecoveryEstimate, factor: float, file: Path
+) -> None:
     """Write W_base + factor·E[X | cells] in float32."""
     weight, row = torch.empty(delta.shape), 0
     for part in row_blocks(delta.base, delta.shape):
@@ -402,7 +407,7 @@ def recover(
     Args:
         base: The checkpoint before.
         tuned: The checkpoint after; not an adapter, whose factors are the update.
-        output: Without ``rank``, ``energy``, ``params`` and ``full``, of which at most one is
+        output: Without ``rank``, ``energy``, ``params`` and ``checkpoint``, of which at most one is
             given, the results file to write; None for none. Else the folder of the adapter or of
             the checkpoint; it is written as ``NAME.part`` and renamed when complete.
         rank: Write a PEFT adapter, the rank-r SVD of E[X | cells], of this rank in every layer.
@@ -414,7 +419,7 @@ def recover(
         time: Time limit, such as ``"20min"``: layers are measured in the order of the hidden energy
             per entry that a sample of their rows suggests, and none is started after this time.
             With ``resume`` those that were not reached are measured, within a new limit or without.
-        full: Write a checkpoint in float32, W_base + E[X | cells].
+        checkpoint: Write a checkpoint in float32, W_base + E[X | cells].
         leave_out_refused: Write no factors for refused layers; by default they get the truncated
             SVD of D.
         nearest: Write E[X | cells] itself, nearest to X and shorter than X. By default the estimate
@@ -444,7 +449,7 @@ def recover(
     """
     options = fill_options(RecoverOptions, options)
     start = time.time()
-    rank, energy, full = options["rank"], options["energy"], options["full"]
+    rank, energy, full = options["rank"], options["energy"], options["checkpoint"]
     time_limit = options["time"]
     seconds = math.inf if time_limit is None else read_time(time_limit)
     if time_limit is not None and options["params"] is not None:
@@ -498,7 +503,7 @@ def recover(
     if time_limit is not None:
         energies = {task.layer: estimate_hidden_energy(task.delta) for task in tasks}
         tasks.sort(key=lambda task: energies[task.layer] / math.prod(task.shape), reverse=True)
-        deadline = Deadline(start + seconds, time_limit, energies)
+        deadline = RecoverDeadline(start + seconds, time_limit, energies)
     if params is not None and tasks:
         assert folder is not None
         tasks = _spend_budget(tasks, params, folder, files, run, settings, compared)
@@ -548,7 +553,7 @@ def recover(
         "rank": rank,
         "energy": energy,
         "params": params,
-        "full": full,
+        "checkpoint": full,
         "leave_out_refused": leave_out_refused,
         "nearest": nearest,
         "curve": list(DEFAULT_RANKS),
@@ -667,7 +672,7 @@ def _make_tasks(
 
 
 @dataclass(frozen=True, slots=True)
-class Deadline:
+class RecoverDeadline:
     """The time limit of a run.
 
     Args:
@@ -695,7 +700,7 @@ def _measure_layer(
     task: RecoveryTask,
     files: Mapping[str, Path],
     settings: LayerSettings,
-    deadline: Deadline | None = None,
+    deadline: RecoverDeadline | None = None,
 ) -> tuple[Recovery | LeftOut]:
     if deadline is not None and time.time() > deadline.end:
         return (deadline.make_left_out(task),)

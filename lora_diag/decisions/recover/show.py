@@ -66,7 +66,9 @@ def recovery_lines(results: Results[Recovery], output: Path | str | None = None)
 
 def writes_folder(results: Results[Recovery]) -> bool:
     """Return whether a run writes an adapter or a checkpoint."""
-    return any(results.run.settings.get(name) for name in ("rank", "energy", "params", "full"))
+    return any(
+        results.run.settings.get(name) for name in ("rank", "energy", "params", "checkpoint")
+    )
 
 
 def exit_code(results: Results[Recovery]) -> int:
@@ -213,7 +215,7 @@ def _list_missing(results: Results[Recovery]) -> list[str]:
     numbers of TUNED there.
     """
     missing = [record.layer for record in results if record.written == "nothing"]
-    if not results.run.settings.get("full"):
+    if not results.run.settings.get("checkpoint"):
         missing += _list_out_of_time(results)
     return missing
 

@@ -102,7 +102,8 @@ def compare_combinations(
     name = main_sets(probes)[0]
     counts, combined = _find_base(probes, name).predictions, _rank(probes, name, "combination")
     half = len(counts) // 2
-    groups = (_rank(probes, name), combined) if half > 1 else ((), ())
+    is_split = len(counts) >= stats.MIN_SEQUENCES
+    groups = (_rank(probes, name), combined) if is_split else ((), ())
     single, best = (
         min(group, key=lambda probe: sum(probe.nll[:half]), default=None) for group in groups
     )
@@ -261,7 +262,7 @@ def _describe_combinations(combined: Sequence[Combination]) -> Iterator[str]:
         )
     elif combined:
         yield (
-            f"not compared: fewer than four sequences of {short(combined[0].by)}, half of them "
+            f"not compared: fewer than eight sequences of {short(combined[0].by)}, half of them "
             "to choose by"
         )
 
@@ -270,19 +271,14 @@ def held_out_grids(results: Results[Any]) -> list[Grid]:
     """Return the table of all losses: rows for BASE, checkpoints and combinations, two columns per
     set.
     """
-    probes, steps = (
-        results.whole_of(Probe),
-        {each.path: str(each.step) for each in results.whole_of(RunCheckpoint)},
-    )
+    probes = results.whole_of(Probe)
+    steps = {each.path: str(each.step) for each in results.whole_of(RunCheckpoint)}
     losses = {probe.name: describe_losses(probes, probe.name) for probe in probes}
     columns = []
     for name in set_names(probes):
         cells = [by_set.get(name) for by_set in losses.values()]
-        columns.append(
-            Column(
-                short(name), tuple("-" if cell is None else f"{cell.loss:.4f}" for cell in cells)
-            )
-        )
+        loss = tuple("-" if cell is None else f"{cell.loss:.4f}" for cell in cells)
+        columns.append(Column(short(name), loss))
         excess = tuple("" if cell is None else _format_excess(cell) for cell in cells)
         columns.append(Column("minus best", excess, drop=1))
     rows = tuple(steps.get(name, name) or "BASE" for name in losses)

@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -47,14 +48,14 @@ from lora_diag.diagnostics.checkpoints.verdict import sum_grams
 from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.layers.change import load_addend
 from lora_diag.linalg.devices import resolve_device
-from lora_diag.models.losses import Losses, measure
+from lora_diag.models.data import Texts
+from lora_diag.models.losses import Losses, LossesBySet
 from lora_diag.models.opening import open_tokens
-from lora_diag.models.swapping import FULL, Swapped
+from lora_diag.models.swapping import Swapped
 from lora_diag.records import Probe
-from lora_diag.records.probe import Subject
-from lora_diag.rendering.text import quantity
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import compare
+from lora_diag.running.judging import Judge, NamedModel, list_missing
 from lora_diag.running.options import ProbeOptions, Shifted, list_options
 from lora_diag.running.probing import ProbeRun, describe_texts
 from lora_diag.running.progress import RunRecords
@@ -67,7 +68,7 @@ RULES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class CombinationRule:
     """A rule that combines checkpoints.
 
     Args:
@@ -95,8 +96,8 @@ class Rule:
 
         Example:
             >>> (
-            ...     Rule("last", 2).weigh([10, 20, 30]).tolist(),
-            ...     Rule("linear", 0.5).weigh([10, 20, 30]).tolist(),
+            ...     CombinationRule("last", 2).weigh([10, 20, 30]).tolist(),
+            ...     CombinationRule("linear", 0.5).weigh([10, 20, 30]).tolist(),
             ... )
             ([0.0, 0.5, 0.5], [0.0, -0.5, 1.5])
         """
@@ -119,7 +120,7 @@ class Rule:
         return np.asarray(weights / weights.sum(), np.float64)
 
 
-def read_rules(options: Mapping[str, Any], count: int) -> list[Rule]:
+def read_rules(options: Mapping[str, Any], count: int) -> list[CombinationRule]:
     """Return the rules of the options.
 
     Args:
@@ -147,7 +148,7 @@ def read_rules(options: Mapping[str, Any], count: int) -> list[Rule]:
                     f"use $average uniform, ema:D (D < 1), last:K (K from 2 to {count}); "
                     "$extrapolate linear:F, rank1:F (F > 0)",
                 )
-            rules.append(Rule(kind, number))
+            rules.append(CombinationRule(kind, number))
     return list(dict.fromkeys(rules))
 
 
@@ -178,12 +179,7 @@ class JudgeOptions(Shifted, ProbeOptions, total=False):
     """Options of evaluating checkpoints on texts."""
 
 
-# A model: its kind, its name as in ``Probe``, and what returns its updates; None for a checkpoint
-# that is not finite.
-Contender = tuple[Subject, str, Callable[[], Sequence[Delta]] | None]
-
-
-class Judge:
+class CheckpointJudge:
     """The evaluation of a run's checkpoints on held-out texts.
 
     Args:
@@ -213,7 +209,6 @@ class Judge:
         self._run.params = sum(math.prod(stored[name].shape) for name in stored)
         models = 1 + len(steps) + len(read_rules(options, len(steps)))
         self._texts = self._run.fit(sets, lambda: models * self._run.count_tokens(sets))
-        read_rules(options, len(steps))  # raises errors before anything is measured
         self.inputs = tuple(map(describe_texts, self._texts))
         self.settings = {
             **self._run.model_settings,
@@ -233,22 +228,32 @@ class Judge:
         )
         partial_gram = bad or self._options["layers"] or self._options["exclude"]
         gram = None if partial_gram else sum_grams(list(group_by(records.layers, "layer").values()))
-        contenders: list[Contender] = [("base", "", tuple)]
+        contenders = [NamedModel("base")]
         for step in self._steps:
-            stored = None if step.step in bad else partial(self._read_updates, step.path)
-            contenders.append(("checkpoint", legible(step.path), stored))
+            apply = partial(self._apply, self._read_updates, step.path)
+            contenders.append(NamedModel("checkpoint", legible(step.path), apply))
         combinations = []
         for rule in read_rules(self._options, len(finite)):
             weights = tuple(rule.weigh(steps, gram).tolist())
             used = {
                 step.path: weight for step, weight in zip(finite, weights, strict=True) if weight
             }
-            contenders.append(("combination", rule.name, partial(self._combine, used)))
+            apply = partial(self._apply, self._combine, used)
+            contenders.append(NamedModel("combination", rule.name, apply))
             combinations.append(Combination(name=rule.name, steps=steps, weights=weights, by=""))
-        self._evaluate(contenders, records)
+        if list_missing(records, self._texts, contenders):
+            self._run.open(self._base)
+            lost = {legible(step.path) for step in self._steps if step.step in bad}
+            self._evaluate(contenders, lost, records)
         probes = [record for record in records.records if isinstance(record, Probe)]
         records.put(*choose_checkpoints(probes, paths))
         records.put(*compare_combinations(probes, paths, combinations))
+
+    def _apply(
+        self, read: Callable[[Any], Sequence[Delta]], what: Any
+    ) -> AbstractContextManager[object]:
+        """Return a context in which the model has the updates that ``read`` returns."""
+        return Swapped(self._run.model, read(what), 0).applied()
 
     def _read_updates(self, path: Path) -> Sequence[Delta]:
         """Return all updates of a checkpoint: --layers and --exclude select those of other
@@ -276,51 +281,35 @@ class Judge:
         return [combine(deltas, list(weights.values())) for deltas in by_layer.values()]
 
     def _evaluate(
-        self, contenders: Sequence[Contender], records: RunRecords[CheckpointLayer]
+        self,
+        contenders: Sequence[NamedModel],
+        lost: Collection[str],
+        records: RunRecords[CheckpointLayer],
     ) -> None:
-        """Write the missing losses of BASE, which comes first, and of the others.
+        """Write the missing losses of BASE, which comes first, and of the others; ``lost`` are the
+        names of those that are not finite.
 
         Raises:
             InputError: An update cannot be read or does not fit BASE, or the loss of BASE is not
                 finite.
         """
-        run, sets = self._run, [text_set.name for text_set in self._texts]
-        lost = {"loss": None, "nll": (), "predictions": ()}
-        todo = [each for each in contenders if not records.has(sets, subject=each[0], name=each[1])]
-        if not todo:
-            return
-        model = run.open(self._base)
-        run.watch.total = run.batches(self._texts) * sum(read is not None for *_, read in todo)
-        run.estimate(
-            self._texts[0], f"{quantity(len(todo), 'model')} on {quantity(len(sets), 'set')}"
-        )
-        for subject, name, read in todo:
-            swapped = Swapped(model, read() if read is not None else (), 0)
-            swapped.arrange({}, FULL)
-            for text_set in self._texts:
-                base: Probe | None = next(records.find(subject="base", set=text_set.name), None)
-                if read is None and base is not None:
-                    records.put(base.model_copy(update=lost | {"subject": subject, "name": name}))
-                    continue
-                losses = measure(
-                    model, text_set, run.batch, partial(run.watch.batch, name or "BASE")
-                )
-                fields = {
-                    **losses.fields_of_run(text_set, None),
-                    **losses.by_sequence(base is None),
-                }
-                if base is None and not losses.is_finite:
-                    raise InputError(
-                        self._base,
-                        "its loss is not finite",
-                        "check the weights, or use $dtype float32",
-                    )
-                if (
-                    base is not None and losses.is_finite
-                ):  # from the rounded losses, as in a run that is resumed
-                    own, other = (
-                        Losses.of(sums, base.predictions) for sums in (fields["nll"], base.nll)
-                    )
-                    fields |= own.compare(other)
-                records.put(Probe(probe="checkpoints", subject=subject, name=name, **fields))
-            swapped.arrange({})
+
+        def measure(contender: NamedModel) -> LossesBySet:
+            if contender.name in lost:
+                found = judge.found[0].items()
+                return {name: Losses(own.sums * math.nan, own.counts) for name, own in found}
+            with contender.applied():
+                return self._run.measure(self._texts, contender.label)
+
+        base, *others = contenders
+        judge = Judge(self._run, self._texts, records, [base], measure, _make_record)
+        judge.judge(others)
+
+
+def _make_record(contender: NamedModel, texts: Texts, losses: Losses, base: Losses) -> Probe:
+    """Return the record of a model on a set; it is compared with BASE by the rounded losses."""
+    is_base = contender.subject == "base"
+    fields = losses.fields_of_run(texts, None) | losses.by_sequence(is_base)
+    if losses.is_finite and not is_base:
+        fields |= losses.round().compare(base.round())
+    return Probe(probe="checkpoints", **contender.fields, **fields)

@@ -35,7 +35,7 @@ from lora_diag.running.progress import RunRecords
 from lora_diag.thin import MAX_RANK
 
 if TYPE_CHECKING:
-    from lora_diag.diagnostics.checkpoints.judge import Judge
+    from lora_diag.diagnostics.checkpoints.judge import CheckpointJudge
 
 # Why an update with finite factors is not finite.
 OVERFLOW = "a norm overflows float64"
@@ -259,14 +259,15 @@ def trajectory(
         raise InputError(f"{series.final.path}: {problem}; give the checkpoints one by one")
     tasks, missing = _align_layers(steps, compared)
     judged = None
-    if options["evaluate"]:
+    if options["eval"]:
         if options["base"] is None:
             raise UsageError(
                 Given("eval"), "needs the model", "give BASE after the run, or with $base"
             )
-        from lora_diag.diagnostics.checkpoints.judge import Judge  # deferred: imports torch
+        # Deferred: imports torch.
+        from lora_diag.diagnostics.checkpoints.judge import CheckpointJudge
 
-        judged = Judge(options, options["base"], steps)
+        judged = CheckpointJudge(options, options["base"], steps)
     else:
         _refuse_without_losses(options)
     if all(is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas):
@@ -341,7 +342,7 @@ def _require_adapters(steps: Sequence[Step]) -> None:
 def _conclude(
     steps: Sequence[Step],
     series: Series,
-    judged: Judge | None,
+    judged: CheckpointJudge | None,
     records: RunRecords[CheckpointLayer],
 ) -> None:
     """Write the records of the checkpoints, and that of the run."""
@@ -366,7 +367,7 @@ def measure_run(
         options["base"], paths = paths[1], paths[:1]
     if not follow:
         return trajectory(paths, **options)
-    if len(paths) > 1 or any(options.get(name) for name in ("output", "on_record", "evaluate")):
+    if len(paths) > 1 or any(options.get(name) for name in ("output", "on_record", "eval")):
         raise UsageError(
             Given("follow"),
             "shows one run, or a monitor's results file",

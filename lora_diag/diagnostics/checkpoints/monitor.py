@@ -108,7 +108,7 @@ class _Moment:
 
 
 @dataclass
-class _Part:
+class _ShapeGroup:
     """Layers under a LoRA whose factors have one shape, which are measured together.
 
     Args:
@@ -364,7 +364,7 @@ class LoraMonitor(TrainingCallback):
             selector(layers, exclude),
             {"layers": layers, "exclude": exclude},
         )
-        self._parts: list[_Part | _Rows] = []
+        self._parts: list[_ShapeGroup | _Rows] = []
         self._writer: ResultsWriter[CheckpointLayer] | None = None
         self._left_out: list[LeftOut] = []
         self._step = 0
@@ -608,7 +608,7 @@ class LoraMonitor(TrainingCallback):
             self.close(finished=False)
 
 
-def _make_parts(weights: Sequence[Weight]) -> list[_Part]:
+def _make_parts(weights: Sequence[Weight]) -> list[_ShapeGroup]:
     """Return the layers under a LoRA, together where their factors have one shape and
     one device.
     """
@@ -621,4 +621,4 @@ def _make_parts(weights: Sequence[Weight]) -> list[_Part]:
     for (b_shape, a_shape, _), group in groups.items():
         size = max(1, PART_ENTRIES // (math.prod(b_shape) + math.prod(a_shape)))
         parts += [group[start : start + size] for start in range(0, len(group), size)]
-    return [_Part(part, [_base_norm(weight) for weight in part]) for part in parts]
+    return [_ShapeGroup(part, [_base_norm(weight) for weight in part]) for part in parts]

@@ -361,7 +361,7 @@ class Combination(WholeRecord):
         losses: Held-out loss by evaluation set, on all its sequences.
         by: The evaluation set that judged it.
         single: Step of the checkpoint with the lowest loss on the first half; null for fewer than
-            four sequences.
+            eight sequences.
         chosen: Whether no other combination has a lower loss on the first half.
         gain: Loss of the best checkpoint, ``single``, minus that of the combination, on the second
             half; null likewise.

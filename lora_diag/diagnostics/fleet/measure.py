@@ -52,7 +52,7 @@ ENERGY = 0.99
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredLayer:
     """The measurement of one layer of an adapter.
 
     Args:
@@ -76,12 +76,12 @@ def _make_measured(
     rank_99: int = 0,
     update: NDArray[np.float64] | None = None,
     space: NDArray[np.float64] | None = None,
-) -> Measured:
+) -> MeasuredLayer:
     """Return the measurement of a layer, without sketches if its update is zero."""
     if fro == 0.0:
-        return Measured(FleetLayer(fro=0.0, rank=rank, rank_99=0, spike=None))
+        return MeasuredLayer(FleetLayer(fro=0.0, rank=rank, rank_99=0, spike=None))
     layer = FleetLayer(fro=fro, rank=rank, rank_99=rank_99, spike=min(1.0, (sigma_1 / fro) ** 2))
-    return Measured(layer, sigma_1, update, space)
+    return MeasuredLayer(layer, sigma_1, update, space)
 
 
 def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
@@ -93,7 +93,7 @@ def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
     )
 
 
-def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
+def measure_thin(deltas: Sequence[FactoredDelta]) -> list[MeasuredLayer | None]:
     """Measure layers of one rank from their stored factors; None for those that ``measure_dense``
     has to measure.
 
@@ -124,7 +124,7 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
         _concatenate(left), _concatenate(right), np.array([layer.scale for layer in folded])
     )
     known = np.flatnonzero(values.energy_error <= thin.MAX_GRAM_ERROR).tolist()
-    measured: list[Measured | None] = [None] * len(deltas)
+    measured: list[MeasuredLayer | None] = [None] * len(deltas)
     if known:
         assert values.mix is not None
         chosen = thin.ThinValues(
@@ -176,7 +176,7 @@ def _concatenate(grams: Sequence[thin.Grams]) -> thin.Grams:
 
 def _measure_folded(
     deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], values: thin.ThinValues
-) -> list[Measured | None]:
+) -> list[MeasuredLayer | None]:
     """Return the measurements of layers of one rank, given their values; None where a norm is not
     finite.
     """
@@ -198,7 +198,7 @@ def _measure_folded(
         thin.mix_columns(left_rows, directions @ directions.transpose(0, 2, 1)), right_rows, names
     )
     ranks = [int(rank) or values.s.shape[1] for rank in ranks_99]
-    measured: list[Measured | None] = []
+    measured: list[MeasuredLayer | None] = []
     for i, norm in enumerate(values.fro.tolist()):
         layer = None
         if math.isfinite(norm):
@@ -220,7 +220,7 @@ def _normalize(arrays: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.floa
     return stack, size
 
 
-def measure_dense(path: str, delta: Delta, device: str) -> Measured:
+def measure_dense(path: str, delta: Delta, device: str) -> MeasuredLayer:
     """Measure one layer from its decomposition.
 
     Args:
@@ -315,7 +315,7 @@ def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) 
 
 def _measure_layers(
     path: str, deltas: Iterable[Delta], device: str
-) -> Iterator[tuple[Delta, Measured]]:
+) -> Iterator[tuple[Delta, MeasuredLayer]]:
     """Yield each layer with its measurement, in order; on ``cpu``, measure consecutive thin ones of
     a rank together.
     """
@@ -326,7 +326,7 @@ def _measure_layers(
 
     for rank, group in groupby(deltas, find_rank):
         while batch := list(islice(group, 1 if rank is None else TOGETHER)):
-            found: list[Measured | None] = [None] * len(batch)
+            found: list[MeasuredLayer | None] = [None] * len(batch)
             if rank is not None:
                 found = measure_thin([delta for delta in batch if is_thin(delta)])
             for delta, measured in zip(batch, found, strict=True):

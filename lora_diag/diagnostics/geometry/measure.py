@@ -19,7 +19,7 @@ from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, StoredDelta, row_blocks
 from lora_diag.diagnostics.geometry import GeometryOptions
 from lora_diag.diagnostics.geometry.lens import DIRECTIONS, find_tables, look_through
-from lora_diag.diagnostics.geometry.movement import Frame, measure_movement, pool_draws
+from lora_diag.diagnostics.geometry.movement import MovementFrame, measure_movement, pool_draws
 from lora_diag.diagnostics.geometry.nulls import (
     add_stored,
     flip_signs,
@@ -137,7 +137,7 @@ def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> 
     signal = resolution(change.rounding, factors).signal_rank
     has_space = signal is not None and 0 < signal <= min(delta.shape) // 2
     top = max(k, IntruderSettings().k, signal if signal and has_space else 0)
-    frame = Frame.of(weight, k, min(top, *delta.shape), settings.eta, settings.method)
+    frame = MovementFrame.of(weight, k, min(top, *delta.shape), settings.eta, settings.method)
     moved, spaces = measure_movement(frame, update, float(factors.s[0]))
     seed = settings.seed + zlib.crc32(delta.layer.encode())
     random = torch.Generator().manual_seed(seed % 2**63)
@@ -184,7 +184,7 @@ def _bound_angle_error(
     return min(90.0, math.degrees(math.asin(before)) + math.degrees(math.asin(after)))
 
 
-def _find_intruders(delta: Delta, frame: Frame, spaces: Spaces, fro: float) -> Intruders:
+def _find_intruders(delta: Delta, frame: MovementFrame, spaces: Spaces, fro: float) -> Intruders:
     """Return the record that ``intruders`` makes of a layer by default."""
     settings = IntruderSettings()
     k = min(settings.k, *delta.shape)
@@ -247,7 +247,7 @@ def _compare_spaces(before: Spaces, after: Spaces, k: int) -> tuple[float, float
 
 
 def _measure_chance(
-    frame: Frame, fro: float, draws: int, random: torch.Generator
+    frame: MovementFrame, fro: float, draws: int, random: torch.Generator
 ) -> GeometryBaseline:
     """Return the statistics of Gaussian updates of the same norm."""
     rows, columns = frame.weight.shape
@@ -258,7 +258,7 @@ def _measure_chance(
 
 
 def _measure_rounding(
-    frame: Frame, update: Tensor, stored: str | None, draws: int, random: torch.Generator
+    frame: MovementFrame, update: Tensor, stored: str | None, draws: int, random: torch.Generator
 ) -> GeometryBaseline | None:
     """Return the statistics of the rounding null; None without a format, or if rounding leaves
     nothing of any draw.

@@ -26,7 +26,7 @@ from lora_diag.linalg.rotation import (
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class MovementFrame:
     """W, and what updates are compared with.
 
     Args:
@@ -52,7 +52,7 @@ class Frame:
     principal: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, weight: Tensor, k: int, top: int, eta: float, method: str) -> Frame:
+    def of(cls, weight: Tensor, k: int, top: int, eta: float, method: str) -> MovementFrame:
         """Return the frame of W."""
         spaces = leading_spaces(weight, min(weight.shape), method)
         entries = weight.numel()
@@ -69,7 +69,7 @@ class Frame:
 
 
 def measure_movement(
-    frame: Frame, update: Tensor, sigma: float | None = None
+    frame: MovementFrame, update: Tensor, sigma: float | None = None
 ) -> tuple[Movement, Spaces]:
     """Measure where ΔW lies in W.
 

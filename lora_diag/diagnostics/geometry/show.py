@@ -57,7 +57,7 @@ LEVEL, MOST_WORDS = 0.05, 5
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class PooledMovement:
     """The statistics of ``POINTS`` over several layers.
 
     Args:
@@ -75,7 +75,7 @@ class Whole:
     low: float | None
 
     @classmethod
-    def of(cls, records: Sequence[Geometry]) -> Whole:
+    def of(cls, records: Sequence[Geometry]) -> PooledMovement:
         """Return the statistics of layers with an update."""
         changed = []
         low = []
@@ -150,7 +150,7 @@ def geometry_lines(results: Results[Geometry]) -> list[Statement]:
             results, make_statement("movement", "Movement", "none: no weight changed", priority=0)
         )
     is_dora = any("DoRA" in side.kind for side in results.run.inputs)
-    whole, rank = Whole.of(records), 1 if records[0].lens else 0
+    whole, rank = PooledMovement.of(records), 1 if records[0].lens else 0
     return summarize(
         results,
         make_statement("movement", "Movement", _describe_movement(whole), priority=0),
@@ -170,7 +170,7 @@ def geometry_lines(results: Results[Geometry]) -> list[Statement]:
     )
 
 
-def _describe_movement(whole: Whole) -> str:
+def _describe_movement(whole: PooledMovement) -> str:
     """State the distances to the published points, the nearest first."""
     (name, nearest), *others = whole.distances().items()
     rest = ", ".join(f"{other} {distance:.2f}" for other, distance in others)
@@ -180,7 +180,7 @@ def _describe_movement(whole: Whole) -> str:
     )
 
 
-def _describe_published(whole: Whole) -> list[str]:
+def _describe_published(whole: PooledMovement) -> list[str]:
     """State the compared statistics, and those of the published points."""
     found = [f"angle {number(whole.angle)}°", f"spectral shift {whole.shift:.0e}"]
     if whole.unchanged is not None:

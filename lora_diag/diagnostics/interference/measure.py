@@ -92,7 +92,7 @@ class InterferenceSettings(LayerSettings):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class DecomposedUpdate:
     """One decomposed update of a layer; ``s`` and ``fro`` include its weight.
 
     Args:
@@ -144,7 +144,7 @@ class Part:
 
 def read_part(
     update: Update, settings: InterferenceSettings, device: torch.device
-) -> Part | Change:
+) -> DecomposedUpdate | Change:
     """Read and decompose one update; if an entry is not finite or the norm out of range, return its
     change.
     """
@@ -165,7 +165,7 @@ def read_part(
         return replace(change, non_finite=problem)
     matrix = change.factors if change.factors is not None else change.matrix
     assert matrix is not None
-    return Part(
+    return DecomposedUpdate(
         update,
         change,
         matrix,
@@ -175,7 +175,7 @@ def read_part(
     )
 
 
-def _project(space: Tensor, part: Part, rows: bool = False) -> Tensor:
+def _project(space: Tensor, part: DecomposedUpdate, rows: bool = False) -> Tensor:
     """Return UᵀΔW, or with ``rows`` (ΔW·U)ᵀ, without the weight, for orthonormal columns U."""
     if isinstance(part.matrix, tuple):
         b, a = (factor.to(torch.float64) for factor in part.matrix)
@@ -183,7 +183,7 @@ def _project(space: Tensor, part: Part, rows: bool = False) -> Tensor:
     return times_wide(part.matrix if rows else part.matrix.T, space).T
 
 
-def _compute_energy_within(space: Tensor, part: Part, rows: bool = False) -> Tensor:
+def _compute_energy_within(space: Tensor, part: DecomposedUpdate, rows: bool = False) -> Tensor:
     """Return ‖U_rᵀΔW‖²/‖ΔW‖², or with ``rows`` ‖ΔW·U_r‖²/‖ΔW‖², for the first r of orthonormal
     columns, each r.
     """
@@ -270,8 +270,8 @@ ALIGNMENT_ERROR = 0.05
 
 def measure_union(
     task: LayerUpdates,
-    parts: Sequence[Part],
-    changed: Sequence[Part],
+    parts: Sequence[DecomposedUpdate],
+    changed: Sequence[DecomposedUpdate],
     settings: InterferenceSettings,
 ) -> Union:
     """Return the record of all updates of a layer together.
@@ -337,7 +337,7 @@ def measure_union(
     )
 
 
-def _count_columns(part: Part) -> int | None:
+def _count_columns(part: DecomposedUpdate) -> int | None:
     """Return the number of columns of an update's factors; None if it has none."""
     return part.matrix[0].shape[1] if isinstance(part.matrix, tuple) else None
 
@@ -347,7 +347,7 @@ def _divide(value: float | None, divisor: float) -> float | None:
     return value / divisor if value is not None and divisor else None
 
 
-def _bound_resolution(parts: Sequence[Part], factors: exact.Factors) -> Resolution:
+def _bound_resolution(parts: Sequence[DecomposedUpdate], factors: exact.Factors) -> Resolution:
     """Return the resolution of the sum; roundings are added, because that of a common BASE is equal
     in all.
     """
@@ -360,7 +360,7 @@ def _bound_resolution(parts: Sequence[Part], factors: exact.Factors) -> Resoluti
 
 
 def _measure_sum(
-    changed: Sequence[Part],
+    changed: Sequence[DecomposedUpdate],
     factors: exact.Factors,
     rank_at_share: dict[str, int | None],
     shape: tuple[int, int],
@@ -400,7 +400,7 @@ def _measure_sum(
 
 
 def _measure_task_interference(
-    changed: Sequence[Part], shape: tuple[int, int], limit: int
+    changed: Sequence[DecomposedUpdate], shape: tuple[int, int], limit: int
 ) -> dict[str, float]:
     """Return the fields of STI, from at most ``limit`` directions of each update."""
     u = torch.cat([part.u[:, :limit] for part in changed], dim=1)
@@ -416,7 +416,11 @@ def _measure_task_interference(
 
 
 def _measure_merges(
-    parts: Sequence[Part], summed: Matrix, fro: float, weights: Sequence[float], density: float
+    parts: Sequence[DecomposedUpdate],
+    summed: Matrix,
+    fro: float,
+    weights: Sequence[float],
+    density: float,
 ) -> dict[str, object]:
     """Return the fields of merges: their losses, and, unless ``density`` is 0, those of TIES and
     sign conflicts.
@@ -437,7 +441,7 @@ def _measure_merges(
     }
 
 
-def _get_adapter_factors(parts: Sequence[Part]) -> list[AdapterFactors] | None:
+def _get_adapter_factors(parts: Sequence[DecomposedUpdate]) -> list[AdapterFactors] | None:
     """Return the stored factors in float64 and their scales; None if an update lacks factors or a
     nonzero scale.
     """
@@ -537,7 +541,7 @@ def _measure_on(
     """Return the records of a layer as ``measure_layer``, computed on a device."""
     if device.type == "cpu":  # the limit applies to the machine's memory
         _check_memory(task, settings)
-    parts: list[Part] = []
+    parts: list[DecomposedUpdate] = []
     for update in task.updates:
         part = read_part(update, settings, device)
         if isinstance(part, Change):
@@ -552,7 +556,10 @@ def _measure_on(
 
 
 def _compare_pair(
-    task: LayerUpdates, first: Part, second: Part, settings: InterferenceSettings
+    task: LayerUpdates,
+    first: DecomposedUpdate,
+    second: DecomposedUpdate,
+    settings: InterferenceSettings,
 ) -> Interference:
     """Return the record of two nonzero updates of a layer."""
     cosine = frobenius_inner(first.matrix, second.matrix) / first.factors.fro / second.factors.fro
@@ -602,7 +609,7 @@ def _make_energy_overlap(within: Sequence[Tensor], rank: int, rows: int) -> Ener
     )
 
 
-def _is_near_chance(within: Tensor, rank: int, dimension: int, part: Part) -> bool:
+def _is_near_chance(within: Tensor, rank: int, dimension: int, part: DecomposedUpdate) -> bool:
     """Return whether an update's energy in a space of ``rank`` directions is near that in a random
     one.
     """

@@ -11,8 +11,8 @@ from lora_diag.running.options import LayerOptions, Option
 class IntruderOptions(LayerOptions, total=False):
     """Options of ``intruders``."""
 
-    top: Annotated[
-        int, Option(10, "Largest singular directions to test.", "K", ("--directions",), least=1)
+    directions: Annotated[
+        int, Option(10, "Largest singular directions to test.", "K", least=1, former="top")
     ]
     epsilon: Annotated[
         float, Option(0.5, "Cosine similarity to BASE below which a direction is new.", "E")

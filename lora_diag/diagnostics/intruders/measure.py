@@ -208,7 +208,7 @@ def intruders(
     Args:
         base: Base checkpoint.
         tuned: Fine-tuned checkpoint or adapter.
-        top: k, the number of largest directions of each weight to compare.
+        directions: k, the number of largest directions of each weight to compare.
         epsilon: ε in (0, 1): a direction with max_i |⟨u_i(W_base), u_j⟩| < ε has no counterpart in
             W_base; it is an intruder unless it lies in the span of the directions in the window
             clearly more than by chance.
@@ -234,7 +234,7 @@ def intruders(
     """
     run = LayerRun("intruders", options, IntruderOptions)
     options = run.options
-    k, epsilon, window = options["top"], options["epsilon"], options["window"]
+    k, epsilon, window = options["directions"], options["epsilon"], options["window"]
     check_request(options["method"], k, options["tol"])
     if not 0 < epsilon < 1:
         raise UsageError(Given("epsilon", epsilon), "must lie between 0 and 1")

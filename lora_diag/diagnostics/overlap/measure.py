@@ -21,7 +21,7 @@ from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, drop_base,
 from lora_diag.diagnostics.overlap import OverlapOptions
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.errors import NothingComparedError, UsageError
-from lora_diag.gradients import History, Snapshot, Step, histories, open_steps
+from lora_diag.gradients import GradientStep, History, Snapshot, histories, open_steps
 from lora_diag.layers.change import (
     PRODUCT_OVERFLOW,
     Change,
@@ -427,7 +427,7 @@ def _join_gradients(
     compared: Comparison,
     gradient_histories: Sequence[History],
     unmatched: Sequence[Unpaired],
-    steps: Sequence[Step],
+    steps: Sequence[GradientStep],
 ) -> tuple[list[GradientTask], list[Unpaired]]:
     """Return the updates joined with their gradients, and the layers without a fitting gradient at
     a step.

@@ -45,7 +45,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class ConsumerRule:
     """Behaviour of some versions of a consumer.
 
     Args:
@@ -98,7 +98,7 @@ class Consumer:
     name: str
     title: str
     forms: frozenset[str]
-    rules: tuple[Rule, ...]
+    rules: tuple[ConsumerRule, ...]
     largest_rank: int | None = None
     default_rank: int | None = None
     rank_option: str = ""
@@ -109,7 +109,7 @@ class Consumer:
         """The newest version that was read."""
         return self.rules[0].read[-1]
 
-    def find_rule(self, version: str) -> Rule:
+    def find_rule(self, version: str) -> ConsumerRule:
         """Return the rule for a version; the newest if the version is empty.
 
         Raises:
@@ -173,7 +173,7 @@ def find_largest_rank(contents: Contents) -> int:
 
 
 def find_refusal(
-    consumer: Consumer, rule: Rule, contents: Contents, max_lora_rank: int | None = None
+    consumer: Consumer, rule: ConsumerRule, contents: Contents, max_lora_rank: int | None = None
 ) -> str:
     """Return the reason for which a consumer does not load an adapter; empty if it does."""
     if contents.form not in consumer.forms:
@@ -307,15 +307,15 @@ PEFT = Consumer(
     "PEFT",
     frozenset({"peft"}),
     (
-        Rule("0.15", "", ("0.15.0", "0.21.2"), _apply_peft),
-        Rule(
+        ConsumerRule("0.15", "", ("0.15.0", "0.21.2"), _apply_peft),
+        ConsumerRule(
             "0.14",
             "0.15",
             ("0.14.0",),
             partial(_apply_peft_old, together=False),
             partial(_refuse_peft_old, together=False),
         ),
-        Rule(
+        ConsumerRule(
             "",
             "0.14",
             ("0.13.2",),
@@ -425,15 +425,19 @@ VLLM = Consumer(
     "vLLM",
     frozenset({"peft"}),
     (
-        Rule("0.32", "", ("0.32.0", "0.33.0"), _apply_vllm, partial(_refuse_vllm, since="0.32")),
-        Rule(
+        ConsumerRule(
+            "0.32", "", ("0.32.0", "0.33.0"), _apply_vllm, partial(_refuse_vllm, since="0.32")
+        ),
+        ConsumerRule(
             "0.28",
             "0.32",
             ("0.28.0", "0.30.0", "0.31.0"),
             _apply_vllm_old,
             partial(_refuse_vllm, since="0.28"),
         ),
-        Rule("0.10", "0.28", ("0.10.0",), _apply_vllm_old, partial(_refuse_vllm, since="0.10")),
+        ConsumerRule(
+            "0.10", "0.28", ("0.10.0",), _apply_vllm_old, partial(_refuse_vllm, since="0.10")
+        ),
     ),
     largest_rank=VLLM_RANKS[-1],
     default_rank=16,
@@ -537,7 +541,7 @@ SGLANG = Consumer(
     "sglang",
     "SGLang",
     frozenset({"peft"}),
-    (Rule("0.5.10", "", ("0.5.10", "0.5.23"), _apply_sglang, _refuse_sglang),),
+    (ConsumerRule("0.5.10", "", ("0.5.10", "0.5.23"), _apply_sglang, _refuse_sglang),),
     rank_option="--max-lora-rank",
 )
 
@@ -597,7 +601,7 @@ LLAMACPP = Consumer(
     "llama.cpp",
     frozenset({"peft", GGUF}),
     (
-        Rule(
+        ConsumerRule(
             "",
             "",
             ("0b03adaa632b",),
@@ -711,14 +715,14 @@ DIFFUSERS = Consumer(
     "diffusers",
     frozenset({"diffusers", "kohya"}),
     (
-        Rule(
+        ConsumerRule(
             "0.40",
             "",
             ("0.40.0", "0.42.1"),
             partial(_apply_diffusers, alpha_is_rank=True),
             _refuse_diffusers,
         ),
-        Rule(
+        ConsumerRule(
             "",
             "0.40",
             ("0.36.0", "0.39.0"),
@@ -745,7 +749,10 @@ def _apply_kohya(contents: Contents, item: Item) -> Outcome:
 
 
 KOHYA = Consumer(
-    "kohya", "sd-scripts", frozenset({"kohya"}), (Rule("", "", ("02298e3c4a7e",), _apply_kohya),)
+    "kohya",
+    "sd-scripts",
+    frozenset({"kohya"}),
+    (ConsumerRule("", "", ("02298e3c4a7e",), _apply_kohya),),
 )
 
 
@@ -817,7 +824,7 @@ MLX = Consumer(
     "mlx-lm",
     frozenset({"mlx"}),
     (
-        Rule(
+        ConsumerRule(
             "0.32", "", ("0.32.2",), _apply_mlx, _refuse_mlx, partial(_explain_possible_tie, "mlx")
         ),
     ),

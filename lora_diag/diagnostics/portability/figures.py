@@ -62,14 +62,17 @@ def _make_norm(records: Sequence[Portability]) -> Normalize | None:
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
     """Return the page of one panel for each program of each run."""
     records: list[Portability] = [record for item in series for record in item.records]
-    types, norm = Types(record.layer for record in records), _make_norm(records)
+    types = Types(record.layer for record in records)
+    norm = _make_norm(records)
     depths = sorted(
         {depth_of(record.layer) for record in records},
         key=lambda depth: -1 if depth is None else depth,
     )
     names = [*crop_names(types.names, _NAME).values()]
     height = (1.75 * max(len(names), 2) + 2.4) * style.text / 72
-    panels, pooled = [], False
+    cells = partial(_draw_cells, norm=norm, types=types.names, names=names, depths=depths)
+    panels = []
+    pooled = False
     for item in series:
         programs = group_by_consumer(item.records)
         for consumer, of_program in programs.items():
@@ -78,13 +81,31 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
                 cell = types.of(record.layer), depth_of(record.layer)
                 grid[cell] = max(grid.get(cell, record), record, key=_get_severity)
             pooled = pooled or len(grid) < len(of_program)
-            draw = partial(
-                _draw_cells, grid=grid, norm=norm, types=types.names, names=names, depths=depths
-            )
+            draw = partial(cells, grid=grid)
             title = f"{owner_of(item, series)}{title_of(consumer, [*programs])}"
             panels.append(Panel(title, draw, "block", height=height, indent=max(map(len, names))))
+    layers = len({record.layer for record in records})
+    outside = ", after the layers outside them" if None in depths else ""
+    notes = [f"Blocks run from left to right{outside}."]
+    if pooled:
+        notes.append("A cell shows the worst of a block's matrices of its type.")
+    return Page(
+        "Weights of the adapter as each program applies them",
+        panels,
+        f"{subject_of(series)}{layers} weights; ε = ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW'",
+        notes,
+        _make_keys(records),
+        share=True,
+        low=True,
+        scale=None if norm is None else ScalarMappable(norm, EPSILON),
+        scale_label="ε of a wrong weight",
+    )
+
+
+def _make_keys(records: Sequence[Portability]) -> list[Key]:
+    """Return the legend entries of the statuses that occur."""
     statuses = {record.status for record in records}
-    unknown = any(r.status == "wrong" and not r.epsilon for r in records)
+    unknown = any(record.status == "wrong" and not record.epsilon for record in records)
     colors = (
         (bool(statuses & set(AS_INTENDED)), COLORS["exact"], "as intended"),
         ("wrong" in statuses, EPSILON(0.5), "different ΔW"),
@@ -93,22 +114,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         ("refused" in statuses, COLORS["refused"], "refused: no ΔW at all"),
         ("unknown" in statuses, COLORS["unknown"], "not known"),
     )
-    layers = len({record.layer for record in records})
-    return Page(
-        "Weights of the adapter as each program applies them",
-        panels,
-        f"{subject_of(series)}{layers} weights; ε = ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW'",
-        [
-            "Blocks run from left to right"
-            + (", after the layers outside them." if None in depths else "."),
-            "A cell shows the worst of a block's matrices of its type." if pooled else "",
-        ],
-        [Key(Patch(color=color), label) for present, color, label in colors if present],
-        share=True,
-        low=True,
-        scale=None if norm is None else ScalarMappable(norm, EPSILON),
-        scale_label="ε of a wrong weight",
-    )
+    return [Key(Patch(color=color), label) for present, color, label in colors if present]
 
 
 def _draw_cells(

@@ -18,15 +18,15 @@ from lora_diag.adapters import Adapter, locate, open_adapter, open_input
 from lora_diag.adapters.contents import Contents, Item, Part, read_contents
 from lora_diag.adapters.portable import write_portable
 from lora_diag.adapters.source import StatedAlpha, get_stated_alpha
-from lora_diag.adapters.updates import Site
+from lora_diag.adapters.updates import UpdateSite
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, DenseDelta, Pairing, Unpaired, drop_base, selector
 from lora_diag.diagnostics.portability import PortabilityOptions
 from lora_diag.diagnostics.portability.consumers import (
     CONSUMERS,
     Consumer,
+    ConsumerRule,
     Outcome,
-    Rule,
     find_refusal,
     join_reasons,
 )
@@ -186,7 +186,7 @@ def _measure_distance(
         return None
     if item.load is None or scale is None or not item.scale:
         return None
-    loaded = item.load(Site(delta.shape))
+    loaded = item.load(UpdateSite(delta.shape))
     assert isinstance(loaded, tuple)
     b, a = loaded
     if (len(b), a.shape[1]) != delta.shape:
@@ -372,8 +372,8 @@ def measure_rounding(before: Adapter, after: Path, base: Checkpoint | None) -> d
             )
         if counterpart.load is None or item.load is None or counterpart.part in NONLINEAR_PARTS:
             continue
-        written = item.load(Site(item.shape))
-        original = counterpart.load(Site(counterpart.shape))
+        written = item.load(UpdateSite(item.shape))
+        original = counterpart.load(UpdateSite(counterpart.shape))
         assert isinstance(written, tuple)
         assert isinstance(original, tuple)
         norm = frobenius_distance(original, (original[0] * 0, original[1]))
@@ -381,7 +381,7 @@ def measure_rounding(before: Adapter, after: Path, base: Checkpoint | None) -> d
     return errors
 
 
-Chosen = dict[Name, tuple[Consumer, Rule]]
+Chosen = dict[Name, tuple[Consumer, ConsumerRule]]
 
 
 @show_options
@@ -527,7 +527,7 @@ def make_tasks(
         UsageError: The consumer that defines the intended ΔW is unknown, has no rule for its
             version, or refuses the adapter.
     """
-    reference: Rule | None = None
+    reference: ConsumerRule | None = None
     if intended is not None:
         ((name, (consumer, reference)),) = choose_rules([intended], contents.form).items()
         if reason := find_refusal(consumer, reference, contents, max_lora_rank):
@@ -720,7 +720,7 @@ def rules_grids() -> list[Grid]:
     return grids
 
 
-def _make_column(consumer: Consumer, rule: Rule, features: Iterable[Contents]) -> Column:
+def _make_column(consumer: Consumer, rule: ConsumerRule, features: Iterable[Contents]) -> Column:
     """Return the column of a rule: its treatment of each feature."""
     cells = []
     for contents in features:

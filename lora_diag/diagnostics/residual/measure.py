@@ -27,7 +27,7 @@ from lora_diag.diagnostics.residual import ResidualOptions
 from lora_diag.diagnostics.residual.record import Distance, Expected, Residual
 from lora_diag.errors import UsageError
 from lora_diag.layers.change import Change, load_change, measure_on_device, why_not_comparable
-from lora_diag.layers.metric import Metric, Moments, agreement, read_root, times
+from lora_diag.layers.metric import Metric, MomentLocation, agreement, read_root, times
 from lora_diag.layers.recovery import DEFAULT_RANKS, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, LayerTask, not_finite
@@ -62,7 +62,7 @@ class ComparedUpdate:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer(LayerTask):
+class ResidualLayer(LayerTask):
     """One layer of a full fine-tune, and the updates compared with it.
 
     Args:
@@ -72,11 +72,11 @@ class Layer(LayerTask):
     """
 
     updates: tuple[ComparedUpdate, ...]
-    moments: Moments | None = None
+    moments: MomentLocation | None = None
     recover: bool = False
 
 
-def estimate_bytes(layer: Layer, settings: LayerSettings) -> int:
+def estimate_bytes(layer: ResidualLayer, settings: LayerSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: D, the largest X, the data metric, and
     cells.
 
@@ -92,7 +92,7 @@ def estimate_bytes(layer: Layer, settings: LayerSettings) -> int:
     return needed
 
 
-def _estimate_weighting_bytes(layer: Layer) -> int:
+def _estimate_weighting_bytes(layer: ResidualLayer) -> int:
     """Estimate the memory of the data metric in bytes: a root and its eigenvectors, D and X times
     the root.
     """
@@ -100,7 +100,7 @@ def _estimate_weighting_bytes(layer: Layer) -> int:
     return 8 * order * (3 * order + 2 * max(layer.shape))
 
 
-def _make_allowance(layer: Layer, top: int, settings: LayerSettings) -> Allowance | None:
+def _make_allowance(layer: ResidualLayer, top: int, settings: LayerSettings) -> Allowance | None:
     """Return the allowance for D, half of the memory if a dense X is in memory with it; None
     without a limit.
     """
@@ -113,7 +113,7 @@ def _make_allowance(layer: Layer, top: int, settings: LayerSettings) -> Allowanc
     return Allowance(limit, settings.method, top, vectors=True)
 
 
-def measure_layer(layer: Layer, settings: LayerSettings) -> tuple[Residual | LeftOut, ...]:
+def measure_layer(layer: ResidualLayer, settings: LayerSettings) -> tuple[Residual | LeftOut, ...]:
     """Compare every adapter with the full fine-tune in one layer.
 
     Args:
@@ -129,7 +129,7 @@ def measure_layer(layer: Layer, settings: LayerSettings) -> tuple[Residual | Lef
 
 
 def _measure_residual(
-    layer: Layer, settings: LayerSettings, device: torch.device
+    layer: ResidualLayer, settings: LayerSettings, device: torch.device
 ) -> tuple[Residual | LeftOut, ...]:
     """Return the records of a layer as ``measure_layer`` does, measured on this device."""
     # Thin factors are all read at once, because the largest rank determines how much of D is
@@ -174,7 +174,7 @@ def _measure_residual(
 
 
 def _make_record(
-    layer: Layer,
+    layer: ResidualLayer,
     update: ComparedUpdate,
     change: Change | None,
     weight_metric: Metric,
@@ -260,7 +260,7 @@ class BeforeRounding:
 
 
 def _estimate_before_rounding(
-    layer: Layer, full: Change, settings: LayerSettings, device: torch.device
+    layer: ResidualLayer, full: Change, settings: LayerSettings, device: torch.device
 ) -> BeforeRounding | None:
     """Return the update before rounding; None where it was not requested, is not hidden, or cannot
     be estimated.
@@ -385,7 +385,7 @@ def residual(
         for comparison in comparisons
     ]
     tasks = [
-        Layer(
+        ResidualLayer(
             delta,
             tuple(
                 ComparedUpdate(comparison.inputs[-1].path, role, deltas.get(delta.layer))
@@ -426,7 +426,7 @@ def _note_tuned(full: Comparison, comparisons: Sequence[Comparison]) -> tuple[Ru
     return (*before, tuned.model_copy(update={"notes": (*tuned.notes, note)}))
 
 
-def _find_rest(task: Layer, records: Sequence[Residual]) -> Layer | None:
+def _find_rest(task: ResidualLayer, records: Sequence[Residual]) -> ResidualLayer | None:
     """Return a layer with those of its updates that have no record; None if all have one."""
     done = {record.adapter for record in records}
     updates = tuple(update for update in task.updates if update.name not in done)

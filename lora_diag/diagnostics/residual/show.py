@@ -56,9 +56,8 @@ def _make_grid(name: str, records: Sequence[Residual], per: str) -> Grid:
         pool=lambda group: (_pool_gap(group) / total) ** 2,
     )
     *first, last = Residual.shown
-    return grid_of(
-        [*first, share, last], rows, per, f"{name}, {records[0].role}, compared with TUNED"
-    )
+    caption = f"{name}, {records[0].role}, compared with TUNED"
+    return grid_of([*first, share, last], rows, per, caption)
 
 
 def _make_rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequence[Residual]]]:
@@ -77,16 +76,14 @@ def _make_rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequenc
             other_groups["1-D tensors"].append(record)
         else:
             adapted.append(record)
-    rows = sorted(
+    rows: list[tuple[str, Sequence[Residual]]] = sorted(
         rows_of(adapted, per),
         key=lambda row: (_LIMITS.index(_find_main_limit(row[1])), -_pool_gap(row[1])),
     )
-    others = [
-        (name if per == "type" else f"{name}: {len(group)}", group)
-        for name, group in other_groups.items()
-        if group
-    ]
-    return [*rows, *others]
+    for name, group in other_groups.items():
+        if group:
+            rows.append((name if per == "type" else f"{name}: {len(group)}", group))
+    return rows
 
 
 def _pool_gap(records: Sequence[Residual]) -> float:
@@ -109,9 +106,10 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
     TUNED.
     """
     findings = [describe_lineage(results)]
-    if len(results.run.inputs) > 1 and (tuned := results.run.inputs[1]).role == "adapter":
+    tuned = results.run.inputs[1:2]
+    if tuned and tuned[0].role == "adapter":
         note = (
-            f"TUNED, {safe(tuned.path)}, is an adapter: ε is relative to its update; the order "
+            f"TUNED, {safe(tuned[0].path)}, is an adapter: ε is relative to its update; the order "
             "is BASE TUNED ADAPTER"
         )
         findings.append(make_statement("note", "Note", note, level="warning"))
@@ -132,27 +130,26 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
         make_statement("low_rank", "Rank limit", *rank_limits, priority=2),
     ]
     if groups:
-        verdicts = [
-            r.resolution.verdict for r in groups[0][1] if r.resolution is not None and r.fro > 0
+        findings.append(_describe_resolution(groups[0][1]))
+        meaning = [
+            "ε is the distance to this one solution, not quality: the held-out loss shows which "
+            "model is better"
         ]
-        yes = "yes: rounding plays no part in TUNED's update"
-        resolved = describe_resolution(
-            verdicts, yes, "ε there includes rounding noise", owner=" of TUNED"
-        )
-        meaning = (
-            "ε is the distance to this one solution, not quality: the held-out loss shows "
-            "which model is better"
-        )
-        hint = (
-            ""
-            if len(adapters) < len(groups)
-            else f"{SEEDS}; --reference TUNED2 measures that of your own seeds"
-        )
-        findings += [
-            resolved,
-            make_statement("interpretation", "Interpretation", meaning, hint, priority=2),
-        ]
+        if len(adapters) == len(groups):
+            meaning.append(f"{SEEDS}; --reference TUNED2 measures that of your own seeds")
+        findings.append(make_statement("interpretation", "Interpretation", *meaning, priority=2))
     return summarize(results, *findings)
+
+
+def _describe_resolution(records: Sequence[Residual]) -> Statement:
+    verdicts = [
+        record.resolution.verdict
+        for record in records
+        if record.resolution is not None and record.fro > 0
+    ]
+    yes = "yes: rounding plays no part in TUNED's update"
+    noise = "ε there includes rounding noise"
+    return describe_resolution(verdicts, yes, noise, owner=" of TUNED")
 
 
 def _describe_distance(name: str, records: Sequence[Residual], whole: Distances) -> str:
@@ -176,10 +173,8 @@ def _describe_limit(records: Sequence[Residual]) -> str:
     if unchanged := _pool_fro(record for record in records if record.adapter_fro == 0):
         clauses.append(f"{percent((unchanged / _pool_fro(records)) ** 2)} of ‖ΔW‖² not adapted")
     if scaled := [record for record in acting if record.limited_by == "scale"]:
-        clauses.append(
-            f"{format_shown(pool_distances(scaled).best_scale)} times its α is best where scale "
-            "limits"
-        )
+        best = format_shown(pool_distances(scaled).best_scale)
+        clauses.append(f"{best} times its α is best where scale limits")
     return "; ".join(clauses) or "nothing"
 
 

@@ -73,9 +73,8 @@ class Quantity:
         rows = []
         for record in records:
             inside = self.values(record)[np.minimum(ranks, len(record.s)) - 1]
-            rows.append(
-                np.where(ranks <= len(record.s), inside, self.beyond if record.complete else np.nan)
-            )
+            beyond = self.beyond if record.complete else np.nan
+            rows.append(np.where(ranks <= len(record.s), inside, beyond))
         return ranks, np.array(rows)
 
 
@@ -124,10 +123,8 @@ def draw_series(
         page_records: Records of all panels, which share axes and colours.
     """
     records = [record for item in series for record in item.records]
-    largest, last_depth = (
-        largest_rank(page_records),
-        deepest(record.layer for record in page_records),
-    )
+    largest = largest_rank(page_records)
+    last_depth = deepest(record.layer for record in page_records)
     grid = ranks_drawn(largest)
     if per == "type" or len(series) > 1:
         for number, item in enumerate(series):
@@ -155,10 +152,11 @@ def _draw_curve(
     """
     ranks, stacked = quantity.at(group, grid)
     values = np.median(stacked, axis=0)
-    ranks, values = ranks[np.isfinite(values)], values[np.isfinite(values)]
-    marker: dict[str, Any] = (
-        {"marker": "o", "markersize": 2 * style.line} if len(ranks) == 1 else {}
-    )
+    finite = np.isfinite(values)
+    ranks, values = ranks[finite], values[finite]
+    marker: dict[str, Any] = {}
+    if len(ranks) == 1:
+        marker = {"marker": "o", "markersize": 2 * style.line}
     signal = sorted(resolved_rank(record) for record in group)[len(group) // 2]
     resolved = int(np.searchsorted(ranks, signal, side="right"))
     if resolved < len(ranks):
@@ -224,36 +222,32 @@ def _make_multiples(
     groups = _group_by_type(series)
     if not groups:
         raise UndrawableError("ΔW = 0 in every matrix")
-    bands, last_depth = (
-        per == "type" or len(series) > 1,
-        deepest(record.layer for record in records),
-    )
     draw = partial(draw_series, quantity=quantity, per=per, page_records=records)
-    change = (
-        "gradients"
-        if any(record.source == "gradients" for record in records)
-        else f"updates {changes_of(records)}"
-    )
-    joined = max(
-        len(group) for part in groups.values() for group in by_depth(part[0].records).values()
-    )
+    change = f"updates {changes_of(records)}"
+    if any(record.source == "gradients" for record in records):
+        change = "gradients"
+    bands = per == "type" or len(series) > 1
+    notes, scale = [], None
+    if not bands:
+        blocks = [by_depth(part[0].records).values() for part in groups.values()]
+        joined = max(len(group) for of_type in blocks for group in of_type)
+        if joined > 1:
+            notes = [f"A line is the median of a block's matrices of its type (up to {joined})."]
+        if last_depth := deepest(record.layer for record in records):
+            scale = ScalarMappable(Normalize(0, last_depth), DEPTH)
+    xlabel, ylabel = labels
+    whole = partial(draw, series=series)
     return Page(
         title,
         [Panel(name, partial(draw, series=part), *labels) for name, part in groups.items()],
         f"{subject_of(series)}{change} of "
         f"{count_matrices(records)}{metric_suffix(records)}{formula}",
-        [
-            f"A line is the median of a block's matrices of its type (up to {joined})."
-            if joined > 1 and not bands
-            else "",
-        ],
+        notes,
         [*_make_keys(series, records, bands, style), *keys],
         share=True,
-        scale=ScalarMappable(Normalize(0, last_depth), DEPTH) if last_depth and not bands else None,
+        scale=scale,
         scale_label="depth (block)",
-        whole=Panel(
-            "", partial(draw, series=series), labels[0], f"{labels[1]} of {changes_of(records)}"
-        ),
+        whole=Panel("", whole, xlabel, f"{ylabel} of {changes_of(records)}"),
     )
 
 
@@ -261,22 +255,21 @@ def _group_by_type(series: Sequence[Series[Spectrum]]) -> dict[str, tuple[Series
     """Return the series of each module type with an update; of too many, the types of least ‖ΔW‖
     share the last.
     """
-    records = [record for item in series for record in item.records if record.fro > 0]
+    changed = [[record for record in item.records if record.fro > 0] for item in series]
+    records = [record for of_run in changed for record in of_run]
     types = Types(record.layer for record in records)
     energies: dict[str, float] = defaultdict(float)
     for record in records:
         energies[types.of(record.layer)] += record.fro**2
     titles = types.pool(sorted(energies, key=lambda name: -energies[name])[: MAX_PANELS - 1])
-
-    def select(item: Series[Spectrum], title: str) -> Series[Spectrum]:
-        return replace(
-            item,
-            records=tuple(
-                r for r in item.records if r.fro > 0 and titles[types.of(r.layer)] == title
-            ),
-        )
-
-    return {title: tuple(select(item, title) for item in series) for title in titles.values()}
+    groups = {}
+    for title in dict.fromkeys(titles.values()):
+        parts = []
+        for item, of_run in zip(series, changed, strict=True):
+            part = tuple(record for record in of_run if titles[types.of(record.layer)] == title)
+            parts.append(replace(item, records=part))
+        groups[title] = tuple(parts)
+    return groups
 
 
 def _make_keys(
@@ -287,26 +280,16 @@ def _make_keys(
     """
     keys = []
     if bands:
-        keys = [
-            Key(
-                Patch(facecolor=category(number), alpha=0.7),
-                f"{owner_of(item, series)}median layer, range",
-            )
-            for number, item in enumerate(series)
-        ]
+        for number, item in enumerate(series):
+            patch = Patch(facecolor=category(number), alpha=0.7)
+            keys.append(Key(patch, f"{owner_of(item, series)}median layer, range"))
     elif deepest(record.layer for record in records) == 0:
         keys.append(key("one line per layer", color=INK, lw=style.line))
     if inside := [str(rank) for rank in MARKED if rank <= largest_rank(records)]:
-        dotted: dict[str, Any] = {
-            "color": INK,
-            "alpha": 0.6,
-            "lw": 0.8 * style.line,
-            "ls": (0, (1, 1.6)),
-        }
-        keys.append(key(f"LoRA ranks {', '.join(inside)}", **dotted))
-    if not bands and any(
-        record.fro > 0 and resolved_rank(record) < len(record.s) for record in records
-    ):
+        dotted: dict[str, Any] = {"color": INK, "alpha": 0.6, "ls": (0, (1, 1.6))}
+        keys.append(key(f"LoRA ranks {', '.join(inside)}", lw=0.8 * style.line, **dotted))
+    has_noise = any(record.fro > 0 and resolved_rank(record) < len(record.s) for record in records)
+    if has_noise and not bands:
         keys.append(key("beyond the signal rank: rounding", color=FLOOR, lw=1.5 * style.line))
     return keys
 
@@ -318,17 +301,16 @@ def make_page(series: Sequence[Series[Spectrum]], style: PageStyle, options: Opt
         UndrawableError: The records are in several metrics, or every update is zero.
     """
     records = tuple(record for item in series for record in item.records)
-    if len(metrics := dict.fromkeys(record.metric for record in records)) > 1:
+    metrics = dict.fromkeys(record.metric for record in records)
+    if len(metrics) > 1:
         names = " and ".join(METRIC_NAMES[metric] for metric in metrics)
         raise UndrawableError(
             f"singular values in {names} have no common axis; draw them separately"
         )
     title = f"Singular values σᵢ of {changes_of(records)}, in descending order"
-    keys = (
-        [key("noise edge of the files' rounding", **_make_edge_style(style))]
-        if _list_edges(records)
-        else []
-    )
+    keys = []
+    if _list_edges(records):
+        keys.append(key("noise edge of the files' rounding", **_make_edge_style(style)))
     return _make_multiples(series, SIGMA, style, options.per, title, ("index i", "σᵢ"), keys=keys)
 
 
@@ -361,13 +343,13 @@ def _compute_limits(records: Sequence[Spectrum]) -> tuple[float, float]:
     """Return the limits of the y axis: around all resolved values and near noise edges, ``DECADES``
     at most.
     """
-    resolved = [
-        value for record in records for value in record.s[: resolved_rank(record)] if value > 0
-    ]
-    values = resolved or [value for record in records for value in record.s if value > 0] or [1.0]
-    low, high = min(values), max(values)
+    resolved = [value for record in records for value in record.s[: resolved_rank(record)]]
+    every = [value for record in records for value in record.s]
+    values = [value for value in resolved if value > 0] or [value for value in every if value > 0]
+    low, high = min(values, default=1.0), max(values, default=1.0)
     near = [edge for edge in _list_edges(records) if edge > low / 3]
-    low = min(low, float(np.median(near)) / 2 if near else low)
+    if near:
+        low = min(low, float(np.median(near)) / 2)
     return max(low / 2, high * 10.0**-DECADES), high * 1.6
 
 

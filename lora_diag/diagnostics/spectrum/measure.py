@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora_diag.deltas import Delta, StoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.diagnostics.spectrum.values import Layer, SpectrumSettings, record_of
+from lora_diag.diagnostics.spectrum.values import SpectrumSettings, WeightedLayer, record_of
 from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.change import (
     PRODUCT_OVERFLOW,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def estimate_bytes(layer: Layer, settings: SpectrumSettings) -> int:
+def estimate_bytes(layer: WeightedLayer, settings: SpectrumSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: ΔW, the data metric, and the estimate
     before rounding.
     """

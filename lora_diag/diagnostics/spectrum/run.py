@@ -10,8 +10,8 @@ from lora_diag.deltas import Pairing, Unpaired, footprint
 from lora_diag.diagnostics.spectrum import SpectrumOptions
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.values import (
-    Layer,
     SpectrumSettings,
+    WeightedLayer,
     is_quick,
     is_thin,
     thin_spectrum,
@@ -174,7 +174,7 @@ def _check_gradients(tuned: Path | str | None, options: SpectrumOptions) -> None
 
 def _split_by_moments(
     pairing: Pairing, moments: SecondMoments | None, kfac: bool
-) -> tuple[Pairing, list[Layer]]:
+) -> tuple[Pairing, list[WeightedLayer]]:
     """Return the pairing with matrices without second moments unpaired, and the others with their
     weighting.
 
@@ -182,8 +182,8 @@ def _split_by_moments(
     """
     matrices = [delta for delta in pairing.deltas if delta.is_matrix]
     if moments is None:
-        return pairing, [Layer(delta) for delta in matrices]
-    layers = [Layer(delta, moments.weighting(delta.layer, kfac)) for delta in matrices]
+        return pairing, [WeightedLayer(delta) for delta in matrices]
+    layers = [WeightedLayer(delta, moments.weighting(delta.layer, kfac)) for delta in matrices]
     needed = "second moment of its input" + (" and of its output's gradient" if kfac else "")
     missing = {
         layer.layer: Unpaired(
@@ -197,7 +197,7 @@ def _split_by_moments(
     return remaining, [layer for layer in layers if layer.weighting is not None]
 
 
-def _measure_layer(layer: Layer, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
+def _measure_layer(layer: WeightedLayer, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
     """Return the record of a layer; torch is imported only if NumPy alone cannot measure it."""
     if is_thin(layer, settings) and (record := thin_spectrum(layer, settings)) is not None:
         return (record,)
@@ -208,7 +208,7 @@ def _measure_layer(layer: Layer, settings: SpectrumSettings) -> tuple[Spectrum |
     return (measure(layer.delta, settings, layer.weighting),)
 
 
-def _estimate_bytes(layer: Layer, settings: SpectrumSettings) -> int:
+def _estimate_bytes(layer: WeightedLayer, settings: SpectrumSettings) -> int:
     """Estimate the memory of measuring a layer in bytes."""
     if is_thin(layer, settings):
         return footprint(layer.delta)

@@ -63,7 +63,7 @@ class SpectrumSettings(LayerSettings):
 
 
 @dataclass(frozen=True, slots=True)
-class Layer(LayerTask):
+class WeightedLayer(LayerTask):
     """One layer's update and its weighting.
 
     Args:
@@ -154,7 +154,7 @@ def _compute_tail(
 CONCURRENT = 2**19
 
 
-def is_thin(layer: Layer, settings: SpectrumSettings) -> bool:
+def is_thin(layer: WeightedLayer, settings: SpectrumSettings) -> bool:
     """Return whether ``thin_spectrum`` can measure a layer; this depends only on the input and the
     options.
 
@@ -172,7 +172,7 @@ def is_thin(layer: Layer, settings: SpectrumSettings) -> bool:
     )
 
 
-def is_quick(layers: Sequence[Layer]) -> bool:
+def is_quick(layers: Sequence[WeightedLayer]) -> bool:
     """Return whether one thread measures thin layers as fast as several would, because their
     factors are small.
     """
@@ -184,7 +184,7 @@ def is_quick(layers: Sequence[Layer]) -> bool:
     return sum(entries) < CONCURRENT * len(entries)
 
 
-def thin_spectrum(layer: Layer, settings: SpectrumSettings) -> Spectrum | None:
+def thin_spectrum(layer: WeightedLayer, settings: SpectrumSettings) -> Spectrum | None:
     """Measure the spectrum of a layer that ``is_thin``.
 
     Returns:

@@ -38,8 +38,8 @@ from lora_diag.linalg.merge import (
     Addend,
     Block,
     Check,
+    MergeRounding,
     Product,
-    Rounding,
     Whole,
     check_merge,
     unit_roundoff,
@@ -293,7 +293,7 @@ def _find_non_finite(addend: Addend) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class FaultTrial:
     """A hypothesis about a layer, that M is W + D' rounded, and its check.
 
     Args:
@@ -305,28 +305,28 @@ class Trial:
 
     task: MergedLayer
     addend: Addend
-    rounding: Rounding
+    rounding: MergeRounding
     check: Check
 
-    def retry(self, addend: Addend | None = None, whole: bool = True, **changes: Any) -> Trial:
+    def retry(self, addend: Addend | None = None, whole: bool = True, **changes: Any) -> FaultTrial:
         """Return the trial of another D', by default the same, with changes of its rounding; see
         ``check_merge``.
         """
         return try_merge(self.task, addend or self.addend, replace(self.rounding, **changes), whole)
 
-    def retry_if_plausible(self, addend: Addend | None = None, **changes: Any) -> Trial | None:
+    def retry_if_plausible(self, addend: Addend | None = None, **changes: Any) -> FaultTrial | None:
         """Return ``retry``; None where sampled rows rule out that D' explains nearly all entries,
         or is close.
         """
         sample = self.retry_sample(addend or self.addend, **changes)
         return None if self.is_refuted_by(sample) else self.retry(addend, **changes)
 
-    def retry_sample(self, addend: Addend, **changes: Any) -> Trial:
+    def retry_sample(self, addend: Addend, **changes: Any) -> FaultTrial:
         """Return the trial of a D' on sampled rows."""
         rows, task = self.task.sample()
         return try_merge(task, addend.take(rows), replace(self.rounding, **changes))
 
-    def is_refuted_by(self, sample: Trial) -> bool:
+    def is_refuted_by(self, sample: FaultTrial) -> bool:
         """Return whether sampled rows have too many unexplained entries for the whole layer, and
         are far off.
         """
@@ -334,7 +334,7 @@ class Trial:
         limit = 2 * _limit_residual(check.expected, check.allowed)
         return check.count > MAX_UNEXPLAINED * self.check.entries and check.residual > limit
 
-    def make_precise(self) -> Trial:
+    def make_precise(self) -> FaultTrial:
         """Return the trial with a D' computed at least in float32, from factors that
         were not cast.
         """
@@ -361,10 +361,12 @@ class Trial:
         return list_wrong_scales(self.task.scale, rank)
 
 
-def try_merge(task: MergedLayer, addend: Addend, rounding: Rounding, whole: bool = True) -> Trial:
+def try_merge(
+    task: MergedLayer, addend: Addend, rounding: MergeRounding, whole: bool = True
+) -> FaultTrial:
     """Return the trial of a D' with a rounding; see ``check_merge``."""
     check = check_merge(task.blocks(), task.shape, addend, rounding, whole)
-    return Trial(task, addend, rounding, check)
+    return FaultTrial(task, addend, rounding, check)
 
 
 def cosine_to_base(task: MergedLayer, check: Check) -> float | None:
@@ -376,7 +378,7 @@ def cosine_to_base(task: MergedLayer, check: Check) -> float | None:
     return cosine_of_norms(*map(math.sqrt, (check.base, check.merged, check.observed)))
 
 
-def find_fault(trial: Trial) -> Fault:
+def find_fault(trial: FaultTrial) -> Fault:
     """Return the first common fault that explains a layer; without one, a description of the
     difference.
     """
@@ -404,7 +406,7 @@ def find_fault(trial: Trial) -> Fault:
     )
 
 
-def _find_scale(trial: Trial) -> Fault | None:
+def _find_scale(trial: FaultTrial) -> Fault | None:
     """Return the fault of a scale other than 1 that leaves only rounding: no other cause is needed;
     else None.
     """
@@ -426,7 +428,7 @@ def _find_scale(trial: Trial) -> Fault | None:
     return Fault("wrong scale", f"ΔW was added times {fit}, which is not a known fault")
 
 
-def find_precise_scale(trial: Trial) -> Fault | None:
+def find_precise_scale(trial: FaultTrial) -> Fault | None:
     """Return the fault of a scale that explains the entries if ΔW was computed in float32, where 1
     does not; else None.
 
@@ -493,7 +495,7 @@ class Fit:
         return f"{self.factor:.{digits}f} ± {self.error:.1g}"
 
 
-def fit_scale(trial: Trial) -> Fit | None:
+def fit_scale(trial: FaultTrial) -> Fit | None:
     """Solve c*(γ) = c for the scale γ, c*(γ) being c of W + γ·ΔW rounded once, by chords from γ =
     1.
 
@@ -530,7 +532,7 @@ def fit_scale(trial: Trial) -> Fit | None:
     return fit
 
 
-def _find_coarse_arithmetic(trial: Trial) -> Fault | None:
+def _find_coarse_arithmetic(trial: FaultTrial) -> Fault | None:
     """Return the fault of a ΔW less precise (bfloat16, TF32) than MERGED, if it explains every
     entry; else None.
     """
@@ -559,7 +561,7 @@ def _find_coarse_arithmetic(trial: Trial) -> Fault | None:
     return Fault("coarse", f"right to {distance:.1g} of ‖ΔW‖: {cause}")
 
 
-def _find_partial(trial: Trial) -> Fault | None:
+def _find_partial(trial: FaultTrial) -> Fault | None:
     """Return the fault of rows (or columns) without the update, if all others have it;
     else None.
     """
@@ -572,7 +574,7 @@ def _find_partial(trial: Trial) -> Fault | None:
     return None
 
 
-def _choose_hypothesis(trial: Trial) -> Fault | None:
+def _choose_hypothesis(trial: FaultTrial) -> Fault | None:
     """Return the common fault that explains the layer with the fewest unexplained entries; None if
     none does.
     """
@@ -597,7 +599,7 @@ def _limit_residual(squares: float, allowed: float) -> float:
     return MAX_DISTANCE**2 * squares + allowed * 2 / 3
 
 
-def _list_hypotheses(trial: Trial) -> Iterator[tuple[Fault, Trial | None]]:
+def _list_hypotheses(trial: FaultTrial) -> Iterator[tuple[Fault, FaultTrial | None]]:
     """Yield every common fault that a layer may have, with its trial; None where sampled rows rule
     it out.
     """
@@ -619,7 +621,7 @@ def _list_hypotheses(trial: Trial) -> Iterator[tuple[Fault, Trial | None]]:
         yield fault, trial.retry_if_plausible(nearest[1])
 
 
-def _merge_twice(trial: Trial) -> Trial | None:
+def _merge_twice(trial: FaultTrial) -> FaultTrial | None:
     """Return the trial of a W that already includes ΔW, rounded; None where sampled rows rule it
     out.
     """
@@ -627,7 +629,7 @@ def _merge_twice(trial: Trial) -> Trial | None:
     for layer, addend in ((task, trial.addend.take(rows)), (trial.task, trial.addend)):
         blocks = _add_update(layer, addend, trial.rounding.dtype)
         check = check_merge(blocks, layer.shape, addend, trial.rounding)
-        other = Trial(layer, addend, trial.rounding, check)
+        other = FaultTrial(layer, addend, trial.rounding, check)
         if trial.is_refuted_by(other):
             return None
     return other
@@ -700,7 +702,7 @@ def _find_nearest_layer(task: MergedLayer) -> tuple[str, Addend] | None:
     return nearest
 
 
-def _find_few_entries(trial: Trial) -> Fault | None:
+def _find_few_entries(trial: FaultTrial) -> Fault | None:
     """Return the fault of a few wrong entries; None if they are many."""
     check = trial.check
     if check.count >= FEW_ENTRIES * check.entries:
@@ -709,7 +711,7 @@ def _find_few_entries(trial: Trial) -> Fault | None:
     return Fault("other", f"{wrong}; the others are right")
 
 
-def _find_unrelated_base(trial: Trial) -> Fault | None:
+def _find_unrelated_base(trial: FaultTrial) -> Fault | None:
     """Return the fault of a BASE that MERGED does not descend from; None if it does, or if that is
     not known.
     """
@@ -719,7 +721,7 @@ def _find_unrelated_base(trial: Trial) -> Fault | None:
     return Fault("other base", "MERGED is unrelated to BASE")
 
 
-def _find_rounded_base(trial: Trial) -> Fault | None:
+def _find_rounded_base(trial: FaultTrial) -> Fault | None:
     """Return the fault of a base loaded in a shorter dtype than MERGED's, if it explains the
     entries; else None.
     """
@@ -735,7 +737,7 @@ def _find_rounded_base(trial: Trial) -> Fault | None:
     return None
 
 
-def _find_uneven_scale(trial: Trial) -> Fault | None:
+def _find_uneven_scale(trial: FaultTrial) -> Fault | None:
     """Return the fault of a scale that differs by row, or column, if fitted ones explain the
     entries; else None.
     """
@@ -762,7 +764,7 @@ def _find_uneven_scale(trial: Trial) -> Fault | None:
     return Fault("wrong scale", text)
 
 
-def _describe_norms(trial: Trial) -> Fault:
+def _describe_norms(trial: FaultTrial) -> Fault:
     """Return the fault that the norms indicate if no common fault explains every entry."""
     check = trial.check
     place = _describe_place(trial)
@@ -788,7 +790,7 @@ def _describe_norms(trial: Trial) -> Fault:
     return Fault("other", f"MERGED − BASE is a different update {place}: {likeness}")
 
 
-def _describe_drift(trial: Trial) -> Fault:
+def _describe_drift(trial: FaultTrial) -> Fault:
     """Return the fault of a scale where rounding explains every single entry but not all of them
     together.
     """
@@ -797,7 +799,7 @@ def _describe_drift(trial: Trial) -> Fault:
     return Fault("wrong scale", f"c = {c:.6g} ± {trial.check.scale_error:.1g}: {cause}")
 
 
-def _describe_place(trial: Trial) -> str:
+def _describe_place(trial: FaultTrial) -> str:
     """Return the rows with unexplained entries as text."""
     rows = trial.check.beyond[0] > 0
     if not trial.task.is_matrix or rows.all():

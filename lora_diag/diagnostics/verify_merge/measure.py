@@ -34,7 +34,14 @@ from lora_diag.diagnostics.verify_merge import faults
 from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge
 from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
 from lora_diag.layers.task import LayerSettings
-from lora_diag.linalg.merge import Addend, Check, Rounding, Whole, shortest_dtype, unit_roundoff
+from lora_diag.linalg.merge import (
+    Addend,
+    Check,
+    MergeRounding,
+    Whole,
+    shortest_dtype,
+    unit_roundoff,
+)
 from lora_diag.linalg.methods import require_memory
 from lora_diag.linalg.rounding import LAYOUT, SHORTER
 from lora_diag.records import LeftOut, Results
@@ -98,7 +105,7 @@ def verify(task: faults.MergedLayer, memory: int | None = None) -> Merge | LeftO
     return _make_record(task, _judge(trial, is_guess), rounding, check)
 
 
-def _judge(trial: faults.Trial, is_guess: bool) -> faults.Fault:
+def _judge(trial: faults.FaultTrial, is_guess: bool) -> faults.Fault:
     """Return status and cause of a layer; ``is_guess`` as of ``_infer_rounding``."""
     correct = _find_correct_merge(trial)
     if correct is None:
@@ -113,7 +120,7 @@ def _judge(trial: faults.Trial, is_guess: bool) -> faults.Fault:
     return faults.Fault("inconclusive", cause) if cause else OK
 
 
-def _decide_by_entries(trial: faults.Trial, correct: faults.Trial) -> faults.Fault | None:
+def _decide_by_entries(trial: faults.FaultTrial, correct: faults.FaultTrial) -> faults.Fault | None:
     """Return the verdict of single entries where the error of the scale is large; None where they
     decide nothing.
 
@@ -136,7 +143,7 @@ def _decide_by_entries(trial: faults.Trial, correct: faults.Trial) -> faults.Fau
     return OK
 
 
-def _find_correct_merge(trial: faults.Trial) -> faults.Trial | None:
+def _find_correct_merge(trial: faults.FaultTrial) -> faults.FaultTrial | None:
     """Return the correct merge that explains every entry and the scale of a layer; None without
     one.
 
@@ -162,7 +169,7 @@ def _find_correct_merge(trial: faults.Trial) -> faults.Trial | None:
     return None
 
 
-def _explain_ambiguity(correct: faults.Trial) -> str:
+def _explain_ambiguity(correct: faults.FaultTrial) -> str:
     """Return why this file cannot determine the scale to ``RESOLVED``; empty if it can, or the
     scale is not tested.
     """
@@ -180,7 +187,7 @@ def _explain_ambiguity(correct: faults.Trial) -> str:
     return ""
 
 
-def _distinguish_from_zero(trial: faults.Trial) -> faults.Fault:
+def _distinguish_from_zero(trial: faults.FaultTrial) -> faults.Fault:
     """Return the verdict if the tolerance permits both ΔW and zero, assuming ΔW was computed in
     float32.
     """
@@ -193,7 +200,7 @@ def _distinguish_from_zero(trial: faults.Trial) -> faults.Fault:
     return faults.Fault("inconclusive", cause)
 
 
-def _infer_rounding(task: faults.MergedLayer) -> tuple[Rounding, bool]:
+def _infer_rounding(task: faults.MergedLayer) -> tuple[MergeRounding, bool]:
     """Return the possible rounding of a correct merge, and whether its dtype is a guess (see
     ``_find_dtype``).
     """
@@ -208,7 +215,7 @@ def _infer_rounding(task: faults.MergedLayer) -> tuple[Rounding, bool]:
     # A quantized base is dequantized in a dtype of the merger's choice.
     if not task.base.is_quantized:
         bases = tuple(other for other in bases if mantissa <= LAYOUT[other][2])
-    rounding = Rounding(
+    rounding = MergeRounding(
         dtype=dtype,
         roundoff=max(map(unit_roundoff, [dtype, *update_dtypes])),
         cast=is_longer or not all(map(_is_power_of_two, scales)),
@@ -268,7 +275,7 @@ def _describe_problem(task: faults.MergedLayer, problem: str) -> str:
 def _make_record(
     task: faults.MergedLayer,
     verdict: faults.Fault,
-    rounding: Rounding | None = None,
+    rounding: MergeRounding | None = None,
     check: Check | None = None,
 ) -> Merge:
     """Return the record of a layer; its numbers are null without a check."""

@@ -67,15 +67,11 @@ def _group_rows(results: Results[Merge], per: str) -> list[tuple[str, list[Merge
             name = "(not adapted)"
         groups.setdefault((name, record.status), []).append(record)
 
-    rows = [(name, records) for (name, _), records in groups.items()]
-    return sorted(
-        rows,
-        key=lambda row: (
-            ORDER.index(row[1][0].status),
-            not row[1][0].adapted,
-            type_order(row[1][0].layer),
-        ),
-    )
+    def order(row: tuple[str, list[Merge]]) -> tuple[int, bool, Any]:
+        first = row[1][0]
+        return ORDER.index(first.status), not first.adapted, type_order(first.layer)
+
+    return sorted(((name, records) for (name, _), records in groups.items()), key=order)
 
 
 _LEVELS: dict[str, Level] = {"failed": "failure", "inconclusive": "warning"}
@@ -85,10 +81,8 @@ def suggest_next(results: Results[Merge], values: Mapping[str, Any]) -> Hint | N
     """Return the hint to show the results per layer; None after a correct merge."""
     if outcome(results) == "correct":
         return None
-    return Hint(
-        "--per layer" if values["output"] is None else "inspect {output} --per layer",
-        "layer by layer",
-    )
+    command = "--per layer" if values["output"] is None else "inspect {output} --per layer"
+    return Hint(command, "layer by layer")
 
 
 def merge_lines(results: Results[Merge]) -> list[Statement]:
@@ -96,11 +90,10 @@ def merge_lines(results: Results[Merge]) -> list[Statement]:
     findings = []
     if len(results):
         level = _LEVELS.get(outcome(results), "ok")
+        correct = _describe_correctness(results)
         findings = [
             describe_lineage(results, "MERGED"),
-            make_statement(
-                "correct", "Correctness", _describe_correctness(results), level=level, priority=0
-            ),
+            make_statement("correct", "Correctness", correct, level=level, priority=0),
             *_describe_faults(results),
             make_statement("rounding", "Rounding", _describe_rounding(results)),
             make_statement("lost", "Lost update", *_describe_weakened(results), level="warning"),
@@ -117,23 +110,21 @@ def merge_lines(results: Results[Merge]) -> list[Statement]:
 def _describe_correctness(results: Results[Merge]) -> str:
     """State whether the merge is correct, and why not."""
     adapted = [record for record in results if record.adapted]
-    status, layers = outcome(results), quantity(len(adapted), "adapted layer")
-    if status == "failed":
-        failed, changed = (
-            sum(record.failed for record in adapted),
-            sum(r.failed for r in results if not r.adapted),
-        )
-        clauses = [f"{failed} of {layers} are not W + ΔW"] if failed else []
-        clauses += [f"{quantity(changed, 'layer')} without an update changed"] if changed else []
-        return f"no: {' and '.join(clauses)}"
+    layers = quantity(len(adapted), "adapted layer")
+    status = outcome(results)
     if status == "inconclusive":
         return f"inconclusive: {_explain_inconclusive(adapted)}"
-    others = (
-        f"; the {len(results) - len(adapted)} others are BASE"
-        if len(adapted) < len(results)
-        else ""
-    )
-    return f"yes: all {layers} are W + ΔW, every entry within what rounding allows{others}"
+    if status == "failed":
+        clauses = []
+        if failed := sum(record.failed for record in adapted):
+            clauses.append(f"{failed} of {layers} are not W + ΔW")
+        if changed := sum(record.failed for record in results if not record.adapted):
+            clauses.append(f"{quantity(changed, 'layer')} without an update changed")
+        return f"no: {' and '.join(clauses)}"
+    text = f"yes: all {layers} are W + ΔW, every entry within what rounding allows"
+    if others := len(results) - len(adapted):
+        text += f"; the {others} others are BASE"
+    return text
 
 
 def _explain_inconclusive(adapted: Sequence[Merge]) -> str:
@@ -164,15 +155,12 @@ def _describe_faults(results: Results[Merge]) -> list[Statement]:
             by_status.setdefault(record.status, {}).setdefault(cause, []).append(record)
     lines = []
     for status, causes in by_status.items():
-        listed = [
-            f"{list_layers(layers)}: {safe(cause)}"
-            for cause, layers in list(causes.items())[:SHOWN]
-        ]
+        listed = [f"{list_layers(layers)}: {safe(cause)}" for cause, layers in causes.items()]
+        text = [f"{listed[0]} → {REMEDIES[status]}", *listed[1:SHOWN]]
         if remaining := sum(len(layers) for layers in list(causes.values())[SHOWN:]):
-            listed.append(
-                f"and {quantity(remaining, 'layer')} more; --per layer and the records name each"
-            )
-        key, text = status.replace(" ", "_"), [f"{listed[0]} → {REMEDIES[status]}", *listed[1:]]
+            layers = quantity(remaining, "layer")
+            text.append(f"and {layers} more; --per layer and the records name each")
+        key = status.replace(" ", "_")
         lines.append(make_statement(key, status.capitalize(), *text, level="failure"))
     return lines
 

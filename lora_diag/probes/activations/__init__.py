@@ -31,9 +31,7 @@ class ActivationsInputs(TypedDict, total=False):
     """Input and output of the command."""
 
     data: Annotated[Path, DATA]
-    output: Annotated[
-        Path, Option(REQUIRED, "Safetensors file to write.", "FILE", ("--output", "-o"), OUTPUT)
-    ]
+    output: Annotated[Path, Option(REQUIRED, "Safetensors file to write.", "FILE", "-o", OUTPUT)]
 
 
 FEATURE = Feature(

@@ -33,14 +33,14 @@ class CurvatureOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
         Sequence[float],
         Option((0.1, 1.0), "Fractions of the way to the truncated update.", "T,T,..."),
     ]
-    top: Annotated[
-        int, Option(5, "Largest eigenvalues to compute.", "K", ("--eigenvalues",), least=1)
+    eigenvalues: Annotated[
+        int, Option(5, "Largest eigenvalues to compute.", "K", least=1, former="top")
     ]
-    probes: Annotated[
-        int, Option(10, "Random vectors of the trace estimate.", "N", ("--trace-vectors",), least=1)
+    trace_vectors: Annotated[
+        int, Option(10, "Random vectors of the trace estimate.", "N", least=1, former="probes")
     ]
     ggn: Annotated[bool, Option(False, "Use the Gauss-Newton matrix, not the Hessian.")]
-    per: Annotated[
+    granularity: Annotated[
         str,
         GRANULARITY.by(
             "all",

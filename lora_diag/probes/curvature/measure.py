@@ -58,8 +58,14 @@ SHARES = (0.9, 0.95, 0.99)
 PRODUCT = 9.5
 # Reductions of a run with default options; at BASE the eigenpairs are what the gradient is
 # projected on.
-REDUCTIONS = (*SEQUENCES[:-1], ("top", 1), SEQUENCES[-1], ("probes", 5), ("ranks", (1, 4, 16, 64)))
-REDUCTIONS_AT_BASE = (*SEQUENCES, ("probes", 5), ("top", 2))
+REDUCTIONS = (
+    *SEQUENCES[:-1],
+    ("eigenvalues", 1),
+    SEQUENCES[-1],
+    ("trace_vectors", 5),
+    ("ranks", (1, 4, 16, 64)),
+)
+REDUCTIONS_AT_BASE = (*SEQUENCES, ("trace_vectors", 5), ("eigenvalues", 2))
 
 # Singular values below this fraction of the largest are rounding errors of float32.
 ROUNDING = 1e-6
@@ -465,16 +471,16 @@ def probe_curvature(
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
         tuned: Fine-tuned checkpoint or adapter; None for the curvature at BASE.
-        evaluate: One text or JSONL file; the mean negative log-likelihood of all its predictions is
+        eval: One text or JSONL file; the mean negative log-likelihood of all its predictions is
             differentiated.
         ranks: Ranks r; 0 restores the truncated layers of ``base``.
         along: Fractions t of the distance from TUNED to the truncated update; 1 is added.
-        top: Number of largest eigenvalues.
-        probes: Number of random vectors of the trace estimate.
+        eigenvalues: Number of largest eigenvalues.
+        trace_vectors: Number of random vectors of the trace estimate.
         ggn: Measure the generalised Gauss–Newton matrix instead of the Hessian: the Hessian without
             the part from the model's own curvature, positive semidefinite.
-        per: ``all`` for eigenvalues of all layers jointly; ``layer`` also for those of every
-            layer's own block.
+        granularity: ``all`` for eigenvalues of all layers jointly; ``layer`` also for those of
+            every layer's own block.
         seed: Seed of the Lanczos start and of the random vectors of the trace.
         **options: ``CurvatureOptions``.
 
@@ -498,7 +504,7 @@ def probe_curvature(
     Example:
         >>> found = probe_curvature(
         ...     "sample_checkpoints/base",  # doctest: +SKIP
-        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"],
+        ...     eval=["sample_checkpoints/eval/in_domain.txt"],
         ...     layers="q_proj",
         ...     max_sequences=2,
         ... )
@@ -509,9 +515,7 @@ def probe_curvature(
     check_ranks(options["ranks"], 0)
     along = options["along"]
     if not all(0 < t <= 1 for t in along):
-        raise UsageError(
-            Given("along", ",".join(f"{t:g}" for t in along)), "fractions must lie in (0, 1]"
-        )
+        raise UsageError(Given("along", along), "fractions must lie in (0, 1]")
     fractions = sorted({*map(float, along), 1.0})
     # products in bfloat16 have errors of 2%; Lanczos converges to 1e-4
     if options["dtype"] != "float32":
@@ -521,7 +525,7 @@ def probe_curvature(
             "use float32",
         )
     run.check_files(base, *([tuned] if tuned is not None else []))
-    if len(options["evaluate"]) > 1:
+    if len(options["eval"]) > 1:
         raise UsageError(
             Given("eval"), "curvature is computed for one evaluation set", "give one file"
         )
@@ -546,7 +550,7 @@ def probe_curvature(
 
     def count_tokens() -> float:
         bounds = len(options["ranks"]) * (1 + len(fractions)) if compared else 0
-        blocks = len(chosen) * (options["per"] == "layer")
+        blocks = len(chosen) * (options["granularity"] == "layer")
         products = _count_products(options, blocks + 1, bounds, compared is None)
         return PRODUCT * products * run.count_tokens(sets)
 
@@ -557,9 +561,9 @@ def probe_curvature(
     settings = {
         "ranks": ranks if swapped else [],
         "along": fractions if swapped else [],
-        **run.settings("top", "probes"),
+        **run.settings("eigenvalues", "trace_vectors"),
         "matrix": matrix,
-        **run.settings("per", "layers", "exclude", "seed"),
+        **run.settings("granularity", "layers", "exclude", "seed"),
     }
     loss_function = LossFunction(
         model, texts, run.batch, chosen, matrix, partial(run.watch.batch, "products")
@@ -618,15 +622,20 @@ def _measure(
     missing = [layer for layer in loss_function.layers if layer not in done]
     if swapped is not None:
         swapped.arrange({}, FULL)
-    blocks = len(missing) * (options["per"] == "layer")
+    blocks = len(missing) * (options["granularity"] == "layer")
     bounds = len(ranks) * (1 + len(fractions))
     products = _count_products(options, (None not in done) + blocks, bounds, swapped is None)
     watch.total = watch.done + products * loss_function.texts.count_batches(loss_function.size)
     start = time.perf_counter()
     loss_function.product(loss_function.weights())
     seconds = time.perf_counter() - start
-    kept = basis_size(loss_function.params, options["top"])
-    gib = 4 * loss_function.params * (kept if options["top"] > 1 or swapped is None else 3) / 2**30
+    kept = basis_size(loss_function.params, options["eigenvalues"])
+    gib = (
+        4
+        * loss_function.params
+        * (kept if options["eigenvalues"] > 1 or swapped is None else 3)
+        / 2**30
+    )
     of = (
         f"some {products} Hessian-vector products of {seconds:.2g} s each; Lanczos takes "
         f"{gib:.1f} GiB"
@@ -668,8 +677,8 @@ def _iterate_curvatures(
     """Yield the missing records, those from the same eigenpairs in one list; a missing joint record
     is in the first.
 
-    Layers have the gradient, the trace and, at BASE, the surrogate: with ``per`` all from the joint
-    eigenpairs, with ``layer`` from their own, whose eigenvalues they then have, too.
+    Layers have the gradient, the trace and, at BASE, the surrogate: with granularity ``all`` from
+    the joint eigenpairs, with ``layer`` from their own, whose eigenvalues they then have, too.
 
     Args:
         loss_function: The loss.
@@ -680,9 +689,9 @@ def _iterate_curvatures(
         has_joint: Whether the file has the joint record.
         layers: Layers without a record.
     """
-    top, per, seed = options["top"], options["per"], options["seed"]
+    top, per, seed = options["eigenvalues"], options["granularity"], options["seed"]
     parts = loss_function.split(gradient)
-    joint_trace, traces = estimate_traces(loss_function, options["probes"], seed)
+    joint_trace, traces = estimate_traces(loss_function, options["trace_vectors"], seed)
 
     def record(
         layer: str | None, trace: Trace, ends: Sequence[Eigenpairs] = (), **more: Any
@@ -735,6 +744,6 @@ def _count_products(options: CurvatureOptions, operators: int, bounds: int, vect
     with eigenvalues.
     """
     # About 25 for both ends; for more eigenvalues, or vectors, again 25 and 5 for each.
-    top = options["top"]
+    top = options["eigenvalues"]
     lanczos = 25 + (25 + 5 * top) * (top > 1 or vectors)
-    return int(operators * lanczos + options["probes"] + bounds)
+    return int(operators * lanczos + options["trace_vectors"] + bounds)

@@ -107,7 +107,7 @@ PASS_BYTES = 2 * 2**30
 
 
 @dataclass
-class Tail:
+class FisherTail:
     """One layer's ΔW = Σσ_i u_i v_iᵀ, and its running sums.
 
     Args:
@@ -200,7 +200,7 @@ def _tail_sums(values: Tensor) -> Tensor:
     return nn.functional.pad(values.flip(-1).cumsum(-1).flip(-1), (0, 1))
 
 
-def tail_of(module: nn.Module, factors: Factors) -> Tail:
+def tail_of(module: nn.Module, factors: Factors) -> FisherTail:
     """Return the tail of a layer, with the singular vectors of its update on the sides of its input
     and output.
     """
@@ -209,7 +209,9 @@ def tail_of(module: nn.Module, factors: Factors) -> Tail:
     outer, inner = u.to(device, torch.float64), vh.T.to(device, torch.float64)
     if not isinstance(module, nn.Linear):  # Conv1D stores (in, out)
         outer, inner = inner, outer
-    return Tail(module, factors.s.to(device), outer.contiguous(), inner.contiguous(), factors.fro)
+    return FisherTail(
+        module, factors.s.to(device), outer.contiguous(), inner.contiguous(), factors.fro
+    )
 
 
 def groups_of(
@@ -240,7 +242,7 @@ def groups_of(
 def accumulate(
     model: Model,
     texts: Texts,
-    tails: Mapping[str, Tail],
+    tails: Mapping[str, FisherTail],
     size: int,
     draw: Draw,
     after: Callable[[], None],
@@ -262,7 +264,7 @@ def accumulate(
     """
     mask = torch.ones(1, 1, dtype=torch.bool)
 
-    def listen(tail: Tail) -> Callable[..., None]:
+    def listen(tail: FisherTail) -> Callable[..., None]:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> None:
@@ -311,9 +313,9 @@ def probe_fisher(
         base: Base model: a folder that transformers can open, or a Hub id.
         tuned: Fine-tuned checkpoint or adapter.
         data: Text, JSONL or data set whose loss is differentiated.
-        evaluate: One held-out file on which every layer is truncated alone, for comparison with the
+        eval: One held-out file on which every layer is truncated alone, for comparison with the
             estimates; implies ``measure``.
-        measure: Truncate every layer alone and measure, on ``evaluate``, or on ``data`` without it.
+        measure: Truncate every layer alone and measure, on ``eval``, or on ``data`` without it.
         ranks: Ranks r of measurements and of the other estimates; F is given for all ranks.
         labels: ``data`` for the text's own labels; ``model`` for labels sampled from TUNED.
         seed: Seed of the sampled labels.
@@ -345,7 +347,7 @@ def probe_fisher(
         >>> [(record.layer, record.fro) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe fisher", options, FisherOptions)
-    evaluate, labels, seed = run.options["evaluate"], run.options["labels"], run.options["seed"]
+    evaluate, labels, seed = run.options["eval"], run.options["labels"], run.options["seed"]
     check_ranks(run.options["ranks"])
     if len(evaluate) > 1:
         raise UsageError(
@@ -471,7 +473,7 @@ class _Probe:
         self,
         layer: str,
         shape: tuple[int, int],
-        tail: Tail,
+        tail: FisherTail,
         predictions: int,
         unchanged: tuple[Losses, list[Tensor]] | None,
     ) -> Fisher:

@@ -9,10 +9,10 @@ from typing import Annotated, Required
 from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, Command, Feature, Figure, Hint, Section
 from lora_diag.running.options import (
     DATA,
-    FULL_RATES,
+    FULL_LR,
+    LR,
     RANKS,
-    RATES,
-    SEEDS,
+    REPEATS,
     STEPS,
     Option,
     Shifted,
@@ -28,27 +28,27 @@ class IntrinsicOptions(Shifted, TrainOptions, total=False):
         Sequence[int],
         Option((10, 30, 100, 300, 1000, 3000, 10000), "Dimensions d.", "D,D,...", least=1),
     ]
-    method: Annotated[
+    projection: Annotated[
         str,
         Option(
             "did",
             "Random projection: direct (DID), or with a scale for each layer (SAID).",
             "did|said",
-            ("--projection",),
+            former="method",
         ),
     ]
     share: Annotated[
         float, Option(0.9, "Fraction of full fine-tuning's gain to reach.", "X", between=(0, 1))
     ]
     ranks: Annotated[Sequence[int], RANKS.by((1, 2, 4, 8))]
-    paces: Annotated[Sequence[float], RATES.by((1e-3, 3e-3, 1e-2))]
-    full_rates: Annotated[Sequence[float], FULL_RATES.by((1e-4, 3e-4, 1e-3))]
-    lora_rates: Annotated[
+    lr: Annotated[Sequence[float], LR.by((1e-3, 3e-3, 1e-2), former="paces")]
+    full_lr: Annotated[Sequence[float], FULL_LR.by((1e-4, 3e-4, 1e-3))]
+    lora_lr: Annotated[
         Sequence[float],
-        RATES.by((1e-3, 3e-3, 1e-2), help="Peak learning rates of LoRA.", flags=("--lora-lr",)),
+        LR.by((1e-3, 3e-3, 1e-2), help="Peak learning rates of LoRA.", former="lora_rates"),
     ]
     steps: Annotated[int, STEPS]
-    seeds: Annotated[int, SEEDS]
+    repeats: Annotated[int, REPEATS]
 
 
 FEATURE = Feature(

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from lora_diag.probes.intrinsic.record import Intrinsic
-from lora_diag.probes.intrinsic.show import Line, select_lines
+from lora_diag.probes.intrinsic.show import SizeLine, select_lines
 from lora_diag.rendering.figures import panels
 from lora_diag.rendering.figures.pages import Page, Panel, key, run_keys
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
@@ -66,7 +66,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     return Page(title, drawn, about, notes, keys)
 
 
-def _select_lines(records: Sequence[Intrinsic], name: str) -> list[Line]:
+def _select_lines(records: Sequence[Intrinsic], name: str) -> list[SizeLine]:
     """Return the runs of every size at its best rate on a set; none where full fine-tuning has no
     gain.
     """
@@ -76,7 +76,7 @@ def _select_lines(records: Sequence[Intrinsic], name: str) -> list[Line]:
     return [line for line in select_lines(records, name, records[0].set, seed) if line.shares]
 
 
-def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Line]], share: float) -> None:
+def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[SizeLine]], share: float) -> None:
     """Draw the fraction of the gain of each size over its parameters, and the fraction to reach."""
     size = style.ticks
     drawn_values = [0.0, 1.0]

@@ -24,7 +24,14 @@ from lora_diag.errors import Given, UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import Model
-from lora_diag.models.training import Cell, Training, add_lora, count_trained, losses_after, train
+from lora_diag.models.training import (
+    Cell,
+    TrainingSettings,
+    add_lora,
+    count_trained,
+    losses_after,
+    train,
+)
 from lora_diag.probes.intrinsic import IntrinsicOptions
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.probes.intrinsic.show import Subject
@@ -48,7 +55,7 @@ FULL_STEP, LORA_STEP = 3.1, 2.3
 PROJECTION = 1500
 # Reductions of a run with default options.
 REDUCTIONS = (
-    ("seeds", 1),
+    ("repeats", 1),
     ("widen", 0),
     *SEQUENCES[:-2],
     ("ranks", (1, 8)),
@@ -56,9 +63,9 @@ REDUCTIONS = (
 )
 REDUCTIONS += (
     ("steps", 50),
-    ("paces", (3e-3,)),
-    ("full_rates", (3e-4,)),
-    ("lora_rates", (3e-3,)),
+    ("lr", (3e-3,)),
+    ("full_lr", (3e-4,)),
+    ("lora_lr", (3e-3,)),
     ("steps", 20),
 )
 REDUCTIONS += (SEQUENCES[-2], ("ranks", (1,)), ("steps", 10), SEQUENCES[-1])
@@ -310,18 +317,18 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
         data: Training text, JSONL or data set.
-        evaluate: Held-out files of the same distribution; the first decides on learning rates.
+        eval: Held-out files of the same distribution; the first decides on learning rates.
         shifted: Files of another distribution.
         dims: Dimensions d.
-        method: ``did`` (Li et al. 2018) or ``said`` (Aghajanyan et al. 2020).
+        projection: ``did`` (Li et al. 2018) or ``said`` (Aghajanyan et al. 2020).
         share: Fraction of full fine-tuning's gain over BASE to reach.
         ranks: Ranks of LoRAs for comparison; may be empty.
-        paces: Learning rates of the subspaces as equivalent rates of full fine-tuning: z has the
+        lr: Learning rates of the subspaces as equivalent rates of full fine-tuning: z has the
             rate pace·√(D/d), at which a step of Adam moves the weights as far.
-        full_rates: Learning rates of full fine-tuning.
-        lora_rates: Learning rates of LoRA.
+        full_lr: Learning rates of full fine-tuning.
+        lora_lr: Learning rates of LoRA.
         steps: Number of updates of a run.
-        seeds: Number of runs of each size at its best rate; they differ in P or in the initial
+        repeats: Number of runs of each size at its best rate; they differ in P or in the initial
             factors.
         **options: ``IntrinsicOptions``.
 
@@ -344,7 +351,7 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
         >>> found = probe_intrinsic(
         ...     "sample_checkpoints/base",  # doctest: +SKIP
         ...     data="train.txt",
-        ...     evaluate=["held_out.txt"],
+        ...     eval=["held_out.txt"],
         ...     dims=[10, 100],
         ...     steps=50,
         ... )
@@ -352,7 +359,7 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
     """
     run = TrainRun("probe intrinsic", options, IntrinsicOptions)
     options = run.options
-    method: Method = "said" if options["method"] == "said" else "plain"
+    method: Method = "said" if options["projection"] == "said" else "plain"
     check_ranks(options["ranks"] or [1])
     if options["dtype"] != "float32":
         raise UsageError(
@@ -368,24 +375,20 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
     run.read_all()
 
     def count_tokens() -> float:
-        tokens = run.count_train_tokens(1, options["full_rates"], FULL_STEP)
-        tokens += run.count_train_tokens(
-            len(options["dims"]), options["paces"], FULL_STEP, PROJECTION
-        )
-        return tokens + run.count_train_tokens(
-            len(options["ranks"]), options["lora_rates"], LORA_STEP
-        )
+        tokens = run.count_train_tokens(1, options["full_lr"], FULL_STEP)
+        tokens += run.count_train_tokens(len(options["dims"]), options["lr"], FULL_STEP, PROJECTION)
+        return tokens + run.count_train_tokens(len(options["ranks"]), options["lora_lr"], LORA_STEP)
 
     run.fit_runs(count_tokens, REDUCTIONS)
     lora_ranks = sorted(set(options["ranks"]))
     settings = {
         "dims": sorted(set(options["dims"])),
-        "method": method,
+        "projection": method,
         "share": options["share"],
         "ranks": lora_ranks,
-        "paces": sorted(set(options["paces"])),
-        "full_rates": sorted(set(options["full_rates"])),
-        "lora_rates": sorted(set(options["lora_rates"])),
+        "lr": sorted(set(options["lr"])),
+        "full_lr": sorted(set(options["full_lr"])),
+        "lora_lr": sorted(set(options["lora_lr"])),
         **run.training_settings(),
         "params": total,
         "scale_step": SCALE_STEP if method == "said" else None,
@@ -402,11 +405,11 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
             return Arm(tuple(sizes), tuple(settings[rates]), make_trial)
 
         arms = {
-            "of full fine-tuning": make_arm("full", [None], "full_rates"),
-            "in subspaces": make_arm("subspace", settings["dims"], "paces"),
+            "of full fine-tuning": make_arm("full", [None], "full_lr"),
+            "in subspaces": make_arm("subspace", settings["dims"], "lr"),
         }
         if lora_ranks:
-            arms["of LoRA"] = make_arm("lora", lora_ranks, "lora_rates")
+            arms["of LoRA"] = make_arm("lora", lora_ranks, "lora_lr")
         # Copy, gradients and Adam's two moments of all weights; a subspace holds P, weights in use
         # and their gradients.
         methods = {name: [arm] for name, arm in arms.items()}
@@ -422,7 +425,7 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
 def _train_cell(
     model: Model,
     cell: IntrinsicRun,
-    training: Training,
+    training: TrainingSettings,
     sets: Sequence[Texts],
     after: Callable[[], None],
 ) -> list[Intrinsic]:

@@ -31,7 +31,7 @@ def _average_share(group: Sequence[Any]) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class SizeLine:
     """The runs of one size at its best learning rate, on one set.
 
     Args:
@@ -107,8 +107,8 @@ class Reached:
         missed: Larger sizes that do not reach it; ``line`` is then not a threshold.
     """
 
-    line: Line | None
-    below: Line | None
+    line: SizeLine | None
+    below: SizeLine | None
     certain: bool
     missed: tuple[int, ...]
 
@@ -120,7 +120,7 @@ def size_of(record: Intrinsic) -> int | None:
 
 def select_lines(
     records: Sequence[Intrinsic], name: str, deciding_set: str, seed: int
-) -> list[Line]:
+) -> list[SizeLine]:
     """Return the runs of every size at its best rate on one set: full, subspaces, LoRAs, ascending.
 
     Args:
@@ -142,7 +142,7 @@ def select_lines(
                 tried = {r.lr for r in of_size if r.lr is not None}
                 params, pace = runs[0].params, runs[0].pace
                 at_edge = edge(tried, lr) != 0
-                lines.append(Line(subject, size, params, lr, pace, losses, at_edge))
+                lines.append(SizeLine(subject, size, params, lr, pace, losses, at_edge))
     base, full = _find_base(records, name), _find_full(lines)
     if base is None or base.loss is None or full is None or full.loss >= base.loss:
         return lines
@@ -153,7 +153,7 @@ def select_lines(
     ]
 
 
-def find_reached(all_rows: Sequence[Line], subject: Subject, share: float) -> Reached:
+def find_reached(all_rows: Sequence[SizeLine], subject: Subject, share: float) -> Reached:
     """Return the smallest subspace or LoRA with a mean fraction of full fine-tuning's gain ≥
     ``share``, if any.
 
@@ -164,7 +164,7 @@ def find_reached(all_rows: Sequence[Line], subject: Subject, share: float) -> Re
 
     Example:
         >>> rows = [
-        ...     Line("subspace", d, d, 0.1, 0.1, (), False, shares)
+        ...     SizeLine("subspace", d, d, 0.1, 0.1, (), False, shares)
         ...     for d, shares in [(10, (0.5, 0.4)), (100, (0.95, 0.88)), (1000, (0.99, 0.97))]
         ... ]
         >>> answer = find_reached(rows, "subspace", 0.9)
@@ -195,7 +195,7 @@ def intrinsic_lines(results: Results[Any]) -> list[Statement]:
     return probe_summary(results, *statements, rates, reading=_READING)
 
 
-def _compute_lines(results: Results[Any]) -> dict[str, list[Line]]:
+def _compute_lines(results: Results[Any]) -> dict[str, list[SizeLine]]:
     """Return, for each set, the runs of every size at the learning rate that is best on the first
     set.
     """
@@ -219,7 +219,7 @@ def _find_base(records: Sequence[Intrinsic], name: str) -> Intrinsic | None:
     return next((r for r in records if r.subject == "base" and r.set == name), None)
 
 
-def _find_full(lines: Sequence[Line]) -> Line | None:
+def _find_full(lines: Sequence[SizeLine]) -> SizeLine | None:
     return next((line for line in lines if line.subject == "full"), None)
 
 
@@ -230,13 +230,13 @@ _READING = (
 )
 
 
-def _name_line(line: Line) -> str:
+def _name_line(line: SizeLine) -> str:
     names = {"full": "full", "subspace": f"d={line.size}", "lora": f"LoRA r={line.size}"}
     return names[line.subject]
 
 
 def _make_grid(
-    caption: str, base: Intrinsic | None, all_rows: Sequence[Line], share: float
+    caption: str, base: Intrinsic | None, all_rows: Sequence[SizeLine], share: float
 ) -> Grid:
     about = (
         "Gain is the decrease of the loss as a fraction of full fine-tuning's, mean over seeds. "
@@ -248,11 +248,11 @@ def _make_grid(
         ("BASE", [{"loss": base and base.loss}]),
         *((_name_line(line), [line]) for line in all_rows),
     ]
-    return grid_of(Line.shown, rows, "trained", caption, about)
+    return grid_of(SizeLine.shown, rows, "trained", caption, about)
 
 
 def _describe_set(
-    name: str, base: Intrinsic | None, all_rows: Sequence[Line], settings: dict[str, Any]
+    name: str, base: Intrinsic | None, all_rows: Sequence[SizeLine], settings: dict[str, Any]
 ) -> Statement:
     full = _find_full(all_rows)
     if base is None or base.loss is None:
@@ -295,14 +295,14 @@ def _describe_answer(answer: Reached, symbol: str, sizes: Sequence[int]) -> str:
     return text
 
 
-def _format_shares(line: Line) -> str:
+def _format_shares(line: SizeLine) -> str:
     text = f"{line.share:.0%}"
     if len(line.shares) > 1:
         text += f" ({min(line.shares):.0%} to {max(line.shares):.0%} over seeds)"
     return text
 
 
-def _describe_rates(all_rows: Sequence[Line], records: Sequence[Intrinsic]) -> list[str]:
+def _describe_rates(all_rows: Sequence[SizeLine], records: Sequence[Intrinsic]) -> list[str]:
     lines = describe_diverged(records)
     at_edge = ", ".join(_name_line(line) for line in all_rows if line.edge)
     if at_edge:

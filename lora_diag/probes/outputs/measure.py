@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -24,42 +24,19 @@ from lora_diag.errors import Given, UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Forgetting, Losses, divergence, forward, nll, select_predictions
 from lora_diag.models.opening import Model
-from lora_diag.models.swapping import FULL, Swapped
+from lora_diag.models.swapping import Swapped
 from lora_diag.probes.outputs import OutputsOptions
 from lora_diag.records import LeftOut, Probe, Results
 from lora_diag.records.probe import Subject
 from lora_diag.rendering.text import quantity
 from lora_diag.running.inputs import refuse_repeated
+from lora_diag.running.judging import NamedModel, list_missing
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun, describe_texts, left_out
 from lora_diag.running.progress import RunRecords
 
 # Memory limit of logits and hidden states of two models together.
 OUTPUT_BYTES = 2**30
-
-
-class Switch(Protocol):
-    """What gives a model the weights of BASE and an update, or those of BASE: ``Swapped``, or a
-    trained adapter.
-    """
-
-    def arrange(self, ranks: Mapping[str, int], others: int = 0) -> None:
-        """Set all layers to W_0 + ΔW for ``others=FULL``, to W_0 for 0."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A measured model: BASE with an update, or BASE itself.
-
-    Args:
-        subject: Kind of model.
-        name: Path of an adapter or a reference; empty for BASE and TUNED.
-        swapped: The model with BASE's weights and the update; None for BASE itself.
-    """
-
-    subject: Subject
-    name: str
-    swapped: Switch | None
 
 
 @dataclass(frozen=True)
@@ -128,7 +105,7 @@ def _sum_squared_differences(first: Tensor, second: Tensor) -> float:
 @torch.no_grad()
 def measure_outputs(
     model: Model,
-    contenders: Sequence[Contender],
+    contenders: Sequence[NamedModel],
     texts: Texts,
     size: int,
     after_batch: Callable[[str], None],
@@ -173,61 +150,50 @@ def iterate_chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
 
 
 def _compute_answers(
-    model: Model, contender: Contender, chunk: Texts, size: int, after_batch: Callable[[str], None]
+    model: Model, contender: NamedModel, chunk: Texts, size: int, after_batch: Callable[[str], None]
 ) -> list[_Answer]:
     """Return a contender's outputs for every sequence; the model has BASE's weights before and
     afterwards.
     """
-    if contender.swapped is not None:
-        contender.swapped.arrange({}, FULL)
     answers = []
-    for chosen in chunk.batches(size):
-        model_output = forward(model, chosen, hidden=True)
-        for i, sequence in enumerate(chosen):
-            logits, labels = select_predictions(model, sequence, model_output.logits[i])
-            hidden = tuple(
-                states[i, : len(sequence.ids)].float()
-                for states in model_output.hidden_states or ()
-            )
-            answers.append(_Answer(logits.float(), labels, hidden))
-        after_batch(contender.name or contender.subject)
-    if contender.swapped is not None:
-        contender.swapped.arrange({})
+    with contender.applied():
+        for chosen in chunk.batches(size):
+            model_output = forward(model, chosen, hidden=True)
+            for i, sequence in enumerate(chosen):
+                logits, labels = select_predictions(model, sequence, model_output.logits[i])
+                hidden = tuple(
+                    states[i, : len(sequence.ids)].float()
+                    for states in model_output.hidden_states or ()
+                )
+                answers.append(_Answer(logits.float(), labels, hidden))
+            after_batch(contender.label)
     return answers
 
 
 def _record(
-    contender: Contender, own_sums: _Sums, base: _Sums, tuned: _Sums | None, texts: Texts
+    contender: NamedModel, own_sums: _Sums, base: _Sums, tuned: _Sums | None, texts: Texts
 ) -> Probe:
     """Return the record of a contender on a set, compared with TUNED if there is one."""
-    record = Probe(
+    losses, base_losses = own_sums.losses, base.losses
+    fields: dict[str, Any] = {"loss": losses.mean}
+    if tuned is not None:
+        fields = losses.between(base_losses, tuned.losses)
+        if base_losses.mean <= tuned.losses.mean:
+            fields["kept"] = None
+        if base.squares:
+            fields["distance"] = math.sqrt(own_sums.squares / base.squares)
+        fields["kl"] = own_sums.kl / losses.tokens
+        fields["agreement"] = own_sums.same / losses.tokens
+        depths = zip(own_sums.hidden, base.hidden, strict=True)
+        fields["hidden"] = tuple(math.sqrt(x / b) if b else None for x, b in depths) or None
+    return Probe(
         probe="outputs",
-        **own_sums.losses.on(texts),
-        **own_sums.losses.by_sequence(is_base=contender.subject == "base"),
-        subject=contender.subject,
-        name=contender.name,
-        loss=own_sums.losses.mean,
-        **own_sums.forgetting.compare(own_sums.losses, base.losses),
+        **contender.fields,
+        **losses.on(texts),
+        **losses.by_sequence(is_base=contender.subject == "base"),
+        **own_sums.forgetting.compare(losses, base_losses),
+        **fields,
     )
-    if tuned is None:
-        return record
-    gap, error = own_sums.losses.minus(tuned.losses)
-    change = base.losses.mean - tuned.losses.mean
-    predictions = own_sums.losses.tokens
-    comparison = {
-        "gap": gap,
-        "gap_error": error,
-        "kept": (base.losses.mean - own_sums.losses.mean) / change + 0.0 if change > 0 else None,
-        "distance": math.sqrt(own_sums.squares / base.squares) if base.squares else None,
-        "kl": own_sums.kl / predictions,
-        "agreement": own_sums.same / predictions,
-        "hidden": tuple(
-            math.sqrt(x / b) if b else None
-            for x, b in zip(own_sums.hidden, base.hidden, strict=True)
-        )
-        or None,
-    }
-    return record.model_copy(update=comparison)
 
 
 @show_options
@@ -250,7 +216,7 @@ def probe_outputs(
         adapters: Adapters of any supported kind, or checkpoints with a merged adapter.
         reference: Another full fine-tune, such as another seed, to show the distance between
             equally good models.
-        evaluate: Held-out texts: text or JSONL files, or folders saved by ``datasets``.
+        eval: Held-out texts: text or JSONL files, or folders saved by ``datasets``.
         shifted: Files of another distribution.
         **options: ``OutputsOptions``.
 
@@ -274,7 +240,7 @@ def probe_outputs(
         ...     "sample_checkpoints/base",  # doctest: +SKIP
         ...     "sample_checkpoints/full_ft",
         ...     adapters,
-        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"],
+        ...     eval=["sample_checkpoints/eval/in_domain.txt"],
         ... )
         >>> [(record.subject, record.loss) for record in found.whole]  # doctest: +SKIP
     """
@@ -299,24 +265,19 @@ def probe_outputs(
     sets = run.read_sets()
     # The comparison of logits takes about as long as a forward pass.
     texts = run.fit(sets, lambda: 2 * (len(models) + 1) * run.count_tokens(sets))
-    contenders = [Contender("base", "", None)]
+    contenders = [NamedModel("base")]
+    swaps = [Swapped(model, comparison.pairing.deltas, 0) for comparison in compared]
     inputs = [compared[0].inputs[0]]
-    for (_, role), comparison in zip(models, compared, strict=True):
+    for (_, role), comparison, swapped in zip(models, compared, swaps, strict=True):
         model_input = comparison.inputs[-1]
         inputs.append(
             model_input if role == "tuned" else model_input.model_copy(update={"role": role})
         )
         name = "" if role == "tuned" else model_input.path
-        contenders.append(Contender(role, name, Swapped(model, comparison.pairing.deltas, 0)))
+        contenders.append(NamedModel(role, name, swapped.applied))
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
-        todo = [
-            text_set
-            for text_set in texts
-            if not all(
-                run_records.has([text_set.name], subject=c.subject, name=c.name) for c in contenders
-            )
-        ]
+        todo = [each for each in texts if list_missing(run_records, [each], contenders)]
         run.watch.total = len(contenders) * run.batches(todo)
         run.estimate(
             texts[0],
@@ -327,9 +288,8 @@ def probe_outputs(
             for record in measure_outputs(model, contenders, text_set, run.batch, run.watch.batch):
                 run_records.put(record)
         skipped: dict[tuple[str, str], LeftOut] = {}  # each tensor once for each reason
-        for comparison, contender in zip(compared, contenders[1:], strict=True):
-            assert isinstance(contender.swapped, Swapped)
-            for tensor in left_out(comparison.pairing, contender.swapped.absent):
+        for comparison, swapped in zip(compared, swaps, strict=True):
+            for tensor in left_out(comparison.pairing, swapped.absent):
                 skipped.setdefault((tensor.layer, tensor.reason), tensor)
         return list(skipped.values())
 

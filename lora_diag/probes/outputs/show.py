@@ -97,23 +97,21 @@ def choose_adapters(records: Sequence[Probe]) -> list[Choice]:
         )
         if len(adapters) > 1 and counts:
             best, *others = adapters
-            rivals = [
-                _compare_rival(other, best, counts, 1 - 0.05 / 2 / len(others)) for other in others
-            ]
+            rivals = [_compare_rival(other, best, counts, len(others)) for other in others]
             by_set.append(Choice(name, best.name, tuple(rivals)))
     return by_set
 
 
-def _compare_rival(other: Probe, best: Probe, counts: Sequence[int], level: float) -> Rival:
-    """Return the comparison of an adapter with the best one, at a one-sided confidence level."""
+def _compare_rival(other: Probe, best: Probe, counts: Sequence[int], rivals: int) -> Rival:
+    """Return the comparison of an adapter, one of several rivals, with the best one."""
     gap, error = stats.paired_difference(other.nll, best.nll, counts)
-    if error is None:
-        return Rival(other.name, gap, None, None)
-    half = stats.Estimate(gap, error, stats.degrees_of_freedom(len(counts))).half(level)
-    needed = (
-        None if gap > half else stats.runs_needed(gap, error * len(counts) ** 0.5, 1, level=level)
-    )
-    return Rival(other.name, gap, half, needed if needed is None else max(needed, len(counts) + 1))
+    half, needed = stats.paired_half(error, len(counts), rivals), None
+    if error is not None and half is not None and gap <= half:
+        spread = error * len(counts) ** 0.5
+        needed = stats.runs_needed(gap, spread, 1, level=1 - 0.05 / 2 / rivals)
+    if needed is not None:
+        needed = max(needed, len(counts) + 1)
+    return Rival(other.name, gap, half, needed)
 
 
 # Fraction of the full fine-tune's gain from which an adapter is called as good.
@@ -121,7 +119,7 @@ SUFFICIENT_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
-class Contest:
+class AdapterContest:
     """An adapter compared with the full fine-tune on held-out text.
 
     Args:
@@ -176,7 +174,7 @@ def _find_bases(records: Sequence[Probe]) -> dict[str, Probe]:
     return {record.set: record for record in records if record.subject == "base"}
 
 
-def contests_of(records: Sequence[Probe]) -> list[Contest]:
+def contests_of(records: Sequence[Probe]) -> list[AdapterContest]:
     """Return the comparison of every adapter with TUNED on ``deciding_sets``; empty without such a
     set or TUNED.
     """
@@ -192,7 +190,9 @@ def contests_of(records: Sequence[Probe]) -> list[Contest]:
         for name in names
     }
     return [
-        Contest(name, group, _judge(group, gains)) for name, group in own_records.items() if group
+        AdapterContest(name, group, _judge(group, gains))
+        for name, group in own_records.items()
+        if group
     ]
 
 
@@ -200,7 +200,7 @@ def _judge(
     own_records: tuple[Probe, ...], gain_by_set: dict[str, float | None]
 ) -> Literal["as good", "worse", "not known"]:
     """Return the outcome for an adapter from its records and the significant gains of TUNED, as in
-    ``Contest``.
+    ``AdapterContest``.
     """
     gaps = [(record.gap, gap_half(record), gain_by_set[record.set]) for record in own_records]
     known = [(gap, half, gain) for gap, half, gain in gaps if gap is not None and half is not None]
@@ -371,7 +371,7 @@ def _compare_with_base(record: Probe, base: Probe, labels: dict[str, str]) -> st
     return f"{_name_model(record, labels)}: {word} BASE ({with_limits(value, half)})"
 
 
-def _describe_best(contests: Sequence[Contest]) -> str:
+def _describe_best(contests: Sequence[AdapterContest]) -> str:
     """State whether the best adapter is as good as the full fine-tune; empty without contests."""
     if not contests:
         return ""

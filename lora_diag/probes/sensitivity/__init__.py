@@ -10,9 +10,9 @@ from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, Command, Feature, Figur
 from lora_diag.running.options import (
     DATA,
     GRANULARITY,
+    LR,
     RANK,
-    RATES,
-    SEEDS,
+    REPEATS,
     STEPS,
     LayerTrainOptions,
     Option,
@@ -28,12 +28,12 @@ class SensitivityOptions(Shifted, LayerTrainOptions, total=False):
     delta: Annotated[
         int | None, Option(None, "Also train at rank R + D; default: only at R.", "D", least=1)
     ]
-    per: Annotated[
+    granularity: Annotated[
         str, GRANULARITY.by("layer", metavar="layer|block|type", help="Unit that is adapted alone.")
     ]
-    rates: Annotated[Sequence[float], RATES.by((3e-3, 1e-2))]
+    lr: Annotated[Sequence[float], LR.by((3e-3, 1e-2))]
     steps: Annotated[int, STEPS.by(50)]
-    seeds: Annotated[int, SEEDS.by(1)]
+    repeats: Annotated[int, REPEATS.by(1)]
 
 
 FEATURE = Feature(

@@ -29,7 +29,7 @@ from lora_diag.models.opening import Model, Weights
 from lora_diag.models.training import (
     ALPHA_OVER_RANK,
     Cell,
-    Training,
+    TrainingSettings,
     layers_without_head,
     losses_after,
 )
@@ -52,9 +52,9 @@ PARTED = 0.25
 # Reductions of a run with default options.
 REDUCTIONS = (
     *SEQUENCES[:-2],
-    ("per", "block"),
+    ("granularity", "block"),
     ("widen", 0),
-    ("rates", (1e-2,)),
+    ("lr", (1e-2,)),
     ("steps", 25),
     ("steps", 10),
 )
@@ -62,7 +62,7 @@ REDUCTIONS += (SEQUENCES[-2], ("steps", 5), SEQUENCES[-1], ("steps", 3))
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class SensitivityUnit:
     """The layers that are adapted together, without others.
 
     Args:
@@ -80,7 +80,7 @@ class Unit:
 
 def units_of(
     layers: Mapping[str, nn.Module], base_names: Mapping[str, str], per: str
-) -> list[Unit]:
+) -> list[SensitivityUnit]:
     """Return linear layers grouped into units, in the order of their first layers.
 
     Args:
@@ -93,7 +93,7 @@ def units_of(
     for weight in layers:
         groups.setdefault(name_unit(base_names[weight], per), []).append(weight)
     return [
-        Unit(
+        SensitivityUnit(
             name,
             tuple(base_names[weight] for weight in weights),
             "|".join(re.escape(weight.removesuffix(".weight")) for weight in weights),
@@ -104,7 +104,12 @@ def units_of(
 
 
 def _make_trial(
-    model: Model, unit: Unit, bases: Mapping[str, Losses], rank: int | None, lr: float, seed: int
+    model: Model,
+    unit: SensitivityUnit,
+    bases: Mapping[str, Losses],
+    rank: int | None,
+    lr: float,
+    seed: int,
 ) -> Trial:
     """Return the run of one unit, whose records have no loss if training diverged.
 
@@ -120,7 +125,7 @@ def _make_trial(
     fields = {"unit": unit.name, "rank": rank, "lr": lr, "seed": seed}
 
     def train_alone(
-        training: Training, sets: Sequence[Texts], after: Callable[[], None]
+        training: TrainingSettings, sets: Sequence[Texts], after: Callable[[], None]
     ) -> list[Sensitivity]:
         alone = replace(training, kind=replace(training.kind, targets=unit.targets))
         by_set, train_loss = losses_after(model, cell, alone, sets, after)
@@ -249,14 +254,15 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
         data: Training text, JSONL or data set.
-        evaluate: Held-out files of the same distribution; the first decides on the learning rate.
+        eval: Held-out files of the same distribution; the first decides on the learning rate.
         shifted: Files of another distribution.
         rank: Rank r.
         delta: δ: also train at r + δ, for the marginal gain L_ℓ(r) − L_ℓ(r + δ).
-        per: Unit of adaptation: each ``layer``, the layers of a ``block``, or of a module ``type``.
-        rates: Peak learning rates.
+        granularity: Unit of adaptation: each ``layer``, the layers of a ``block``, or of a module
+            ``type``.
+        lr: Peak learning rates.
         steps: Number of updates of a run.
-        seeds: Number of runs of each unit at its best rate; they differ in the initial factors.
+        repeats: Number of runs of each unit at its best rate; they differ in the initial factors.
         **options: ``SensitivityOptions``.
 
     Returns:
@@ -276,8 +282,8 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         >>> found = probe_sensitivity(
         ...     "sample_checkpoints/base",  # doctest: +SKIP
         ...     data="train.txt",
-        ...     evaluate=["held_out.txt"],
-        ...     per="type",
+        ...     eval=["held_out.txt"],
+        ...     granularity="type",
         ...     steps=50,
         ... )
         >>> {record.record for record in found.whole}  # doctest: +SKIP
@@ -296,19 +302,21 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
     ranks = (rank, rank + delta) if delta is not None else (rank,)
 
     def count_tokens() -> float:
-        units = len(units_of(linear, base_names, run.options["per"])) * (
-            1 + 2 * PARTED * ("per" in run.reduced)
+        units = len(units_of(linear, base_names, run.options["granularity"])) * (
+            1 + 2 * PARTED * ("granularity" in run.reduced)
         )
-        return run.count_train_tokens(units * len(ranks), run.options["rates"], STEP_ALONE)
+        return run.count_train_tokens(units * len(ranks), run.options["lr"], STEP_ALONE)
 
     run.fit_runs(count_tokens, REDUCTIONS)
-    units, parts = (units_of(linear, base_names, per) for per in (run.options["per"], "part"))
-    parted = math.ceil(PARTED * len(units)) if "per" in run.reduced else 0
+    units, parts = (
+        units_of(linear, base_names, per) for per in (run.options["granularity"], "part")
+    )
+    parted = math.ceil(PARTED * len(units)) if "granularity" in run.reduced else 0
     if parted:
-        run.reduced["per"] += f" and the parts of {quantity(parted, 'block')}"
+        run.reduced["granularity"] += f" and the parts of {quantity(parted, 'block')}"
     settings = {
-        **run.settings("per", "rank", "delta"),
-        "rates": sorted(set(run.options["rates"])),
+        **run.settings("granularity", "rank", "delta"),
+        "lr": sorted(set(run.options["lr"])),
         **run.training_settings(),
         **run.selection,
         "kind": run.training.kind.description,
@@ -318,15 +326,15 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         plan = run.plan_runs(run_records)
         bases: dict[str, Losses] = {}
 
-        def make_arms(units: Sequence[Unit]) -> list[Arm]:
+        def make_arms(units: Sequence[SensitivityUnit]) -> list[Arm]:
             trials = [partial(_make_trial, model, unit, bases) for unit in units]
             return [
-                Arm((one,), tuple(settings["rates"]), make_trial)
+                Arm((one,), tuple(settings["lr"]), make_trial)
                 for make_trial in trials
                 for one in ranks
             ]
 
-        def divide(blocks: Sequence[Unit | Gain]) -> list[Arm]:
+        def divide(blocks: Sequence[SensitivityUnit | Gain]) -> list[Arm]:
             return make_arms(
                 [part for part in parts for block in blocks if {*part.layers} < {*block.layers}]
             )

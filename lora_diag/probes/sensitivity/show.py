@@ -145,7 +145,7 @@ def _describe_set(
     base = next(record for record in records if record.set == name and not record.unit)
     if not gains:
         return on_set(name, f"loss {base.loss:.4f} of BASE; no run is finished with a finite loss")
-    unit, gains = title_of(settings["per"]), Gain.undivided(gains)
+    unit, gains = title_of(settings["granularity"]), Gain.undivided(gains)
     better, worse = _count_clear(gains)
     highest = sorted(gains, key=lambda gain: -gain.gain)[:_NAMED]
     named = ", ".join(f"{short(gain.unit)} {gain.gain:+.4f}" for gain in highest)

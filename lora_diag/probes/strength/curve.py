@@ -69,9 +69,8 @@ class Curve:
         sequence.
         """
         gap, error = stats.paired_difference(losses, others, self.counts)
-        freedom = stats.degrees_of_freedom(len(self.counts))
-        level = 1 - 0.05 / 2 / comparisons
-        return gap, math.inf if error is None else stats.Estimate(gap, error, freedom).half(level)
+        half = stats.paired_half(error, len(self.counts), comparisons)
+        return gap, math.inf if half is None else half
 
     def is_lower(self, losses: Array, others: Array) -> bool:
         """Return whether a loss is significantly lower, as one of the comparisons of all strengths

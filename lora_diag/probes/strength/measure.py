@@ -17,7 +17,7 @@ import numpy as np
 from lora_diag.deltas import FactoredDelta
 from lora_diag.metrics.statistics import paired_difference
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses
+from lora_diag.models.losses import Losses, LossesBySet
 from lora_diag.models.swapping import Swapped
 from lora_diag.probes.strength import StrengthOptions
 from lora_diag.probes.strength.curve import LEAST, Curve, choose
@@ -120,7 +120,7 @@ def probe_strength(
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
         tuned: Fine-tuned checkpoint or adapter.
-        evaluate: Held-out text or JSONL files from TUNED's training distribution.
+        eval: Held-out text or JSONL files from TUNED's training distribution.
         shifted: Files of another distribution, to measure what each strength costs there.
         scales: Strengths t, besides 0 (BASE) and 1 (TUNED); None for 0.25, 0.5, …, 1.5, or for 0 of
             each part.
@@ -148,7 +148,7 @@ def probe_strength(
         >>> found = probe_strength(
         ...     "sample_checkpoints/base",  # doctest: +SKIP
         ...     "sample_checkpoints/lora_r16",
-        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"],
+        ...     eval=["sample_checkpoints/eval/in_domain.txt"],
         ... )
         >>> [(record.scale, record.loss) for record in found.whole_of(Strength)]  # doctest: +SKIP
     """
@@ -167,7 +167,7 @@ def probe_strength(
     grid = sorted({0.0, 1.0, *(cell.scale for cell in cells if cell.part is None)})
     tasks = [text_set.name for text_set in texts if not text_set.shifted]
 
-    def measure_cell(cell: Cell) -> list[Losses]:
+    def measure_cell(cell: Cell) -> LossesBySet:
         others = cell.scale if cell.part is None else 1.0
         swapped.scale(dict.fromkeys(cell.layers, cell.scale), others)
         return run.measure(texts, cell.label)

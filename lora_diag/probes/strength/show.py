@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.feature import Hint
-from lora_diag.metrics.statistics import Estimate, degrees_of_freedom
+from lora_diag.metrics.statistics import paired_half
 from lora_diag.probes.strength.curve import SUFFICIENT_SHARE
 from lora_diag.probes.strength.record import Strength, StrengthChoice
 from lora_diag.records import Results
@@ -203,13 +203,10 @@ def _find_changed(of_set: Sequence[Strength], sign: int) -> list[Strength]:
         (record for record in of_set if record.part is not None),
         key=lambda record: -sign * record.gap,
     )
-    level = 1 - 0.05 / 2 / max(1, len(parts))
     changed = []
     for record in parts:
-        if record.gap_error is None:
-            continue
-        half = Estimate(0.0, record.gap_error, degrees_of_freedom(len(record.nll))).half(level)
-        if sign * record.gap > half:
+        half = paired_half(record.gap_error, len(record.nll), len(parts))
+        if half is not None and sign * record.gap > half:
             changed.append(record)
     return changed
 

@@ -13,12 +13,12 @@ class SweepOptions(options.Shifted, options.TrainOptions, options.TrainingRuns, 
 
     data: Required[Annotated[Path | str, options.DATA]]
     ranks: Annotated[Sequence[int], options.RANKS]
-    rates: Annotated[Sequence[float], options.RATES.by((1e-4, 3e-4, 1e-3, 3e-3))]
+    lr: Annotated[Sequence[float], options.LR.by((1e-4, 3e-4, 1e-3, 3e-3))]
     full: Annotated[bool, options.Option(False, "Also fine-tune all parameters, as a baseline.")]
     # LoRA's best rate is about ten times that of full fine-tuning (Schulman et al. 2025, LoRA
     # Without Regret); in two tasks of docs/evidence.md 6 and 2 times at r = 64, 20 at r = 8, 63 and
     # 20 at r = 1.
-    full_rates: Annotated[Sequence[float], options.FULL_RATES.by((1e-5, 3e-5, 1e-4, 3e-4))]
+    full_lr: Annotated[Sequence[float], options.FULL_LR.by((1e-5, 3e-5, 1e-4, 3e-4))]
     bitfit: Annotated[
         bool, options.Option(False, "Also train biases and norms alone, as a baseline.")
     ]
@@ -27,9 +27,9 @@ class SweepOptions(options.Shifted, options.TrainOptions, options.TrainingRuns, 
     quantized: Annotated[str | None, options.QUANTIZED]
     gradient_checkpointing: Annotated[bool, options.CHECKPOINTING]
     steps: Annotated[int, options.STEPS]
-    seeds: Annotated[int, options.SEEDS]
-    tolerance: Annotated[float, options.TOLERANCE]
-    targets: Annotated[Sequence[str], options.TARGET_MODULES]
+    repeats: Annotated[int, options.REPEATS]
+    gain_tolerance: Annotated[float, options.GAIN_TOLERANCE]
+    target_modules: Annotated[Sequence[str], options.TARGET_MODULES]
 
 
 FEATURE = Feature(

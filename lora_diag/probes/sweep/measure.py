@@ -21,7 +21,14 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import Given, UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.opening import Model
-from lora_diag.models.training import Cell, Lora, Training, layers_without_head, record_of, run_cell
+from lora_diag.models.training import (
+    Cell,
+    Lora,
+    TrainingSettings,
+    layers_without_head,
+    record_of,
+    run_cell,
+)
 from lora_diag.probes.sweep import SweepOptions
 from lora_diag.records import LeftOut, Probe, Results
 from lora_diag.records.probe import Subject
@@ -126,8 +133,8 @@ def round_weights(layers: Iterable[nn.Module], grid: str | None) -> Iterator[Non
 # Settings that ``resume`` extends, with the functions that join the values in the file and the new
 # ones.
 EXTENDABLE_SETTINGS: dict[str, Callable[[Any, Any], Any]] = {
-    **dict.fromkeys(("ranks", "rates", "full_rates"), lambda then, now: sorted({*then, *now})),
-    "seeds": max,
+    **dict.fromkeys(("ranks", "lr", "full_lr"), lambda then, now: sorted({*then, *now})),
+    "repeats": max,
     "widen": max,
 }
 
@@ -141,18 +148,18 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
     the first evaluation set is also run with the other seeds.
 
     ``resume`` continues a sweep, interrupted or finished: runs in ``output`` are not repeated; more
-    ``seeds``, a larger ``widen``, ``full``, and other ``ranks`` and ``rates`` are added; all other
+    ``repeats``, a larger ``widen``, ``full``, and other ``ranks`` and ``lr`` are added; all other
     settings must be equal.
 
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
         data: Training text, JSONL or data set.
-        evaluate: Held-out files of the same distribution; the first decides on the learning rate.
+        eval: Held-out files of the same distribution; the first decides on the learning rate.
         shifted: Files of another distribution.
         ranks: Ranks r.
-        rates: Peak learning rates of LoRA and BitFit.
+        lr: Peak learning rates of LoRA and BitFit.
         full: Also fine-tune BASE fully: every parameter, including embeddings and head.
-        full_rates: Peak learning rates of full fine-tuning.
+        full_lr: Peak learning rates of full fine-tuning.
         bitfit: Also train biases and norms only.
         dora: Train DoRA: factors and a magnitude per output.
         rslora: Scale factors by alpha/√r, alpha = 16 at every rank.
@@ -161,10 +168,11 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time,
             equal losses.
         steps: Number of updates of a run.
-        seeds: Number of runs of each rank at its best rate; they differ in the initial factors, not
-            in the data.
-        tolerance: Fraction of the gain that a smaller rank may lose and still be sufficient.
-        targets: Modules to adapt, by PEFT's names; default all linear layers except the head.
+        repeats: Number of runs of each rank at its best rate; they differ in the initial factors,
+            not in the data.
+        gain_tolerance: Fraction of the gain that a smaller rank may lose and still be sufficient.
+        target_modules: Modules to adapt, by PEFT's names; default all linear layers except the
+            head.
         **options: ``SweepOptions``.
 
     Returns:
@@ -181,7 +189,7 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
         >>> found = probe_sweep(
         ...     "sample_checkpoints/base",
         ...     data="train.txt",  # doctest: +SKIP
-        ...     evaluate=["held_out.txt"],
+        ...     eval=["held_out.txt"],
         ...     ranks=[2, 8],
         ...     steps=50,
         ... )
@@ -200,7 +208,7 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
             "use $dtype float32",
         )
     run.check_files(base)
-    kind = Lora(tuple(options["targets"]) or None, options["dora"], options["rslora"])
+    kind = Lora(tuple(options["target_modules"]) or None, options["dora"], options["rslora"])
     with run.joined():
         return _run_sweep(run, base, kind, ranks)
 
@@ -215,14 +223,14 @@ def _run_sweep(
     run.read_all(kind)
     settings = {
         "ranks": list(ranks),
-        "rates": sorted(set(options["rates"])),
-        "full_rates": sorted(set(options["full_rates"])) if options["full"] else None,
+        "lr": sorted(set(options["lr"])),
+        "full_lr": sorted(set(options["full_lr"])) if options["full"] else None,
         "bitfit": options["bitfit"],
         "kind": kind.description,
         "quantized": quantized,
         **run.training_settings(),
-        "tolerance": options["tolerance"],
-        "targets": list(options["targets"]) or "all-linear",
+        "gain_tolerance": options["gain_tolerance"],
+        "target_modules": list(options["target_modules"]) or "all-linear",
     }
     workers = run.workers(base, stored)
 
@@ -253,12 +261,12 @@ def _run_sweep(
         def measure_base(grid: str = "") -> None:
             plan.measure_base(model, partial(record_of, name=grid), grid)
 
-        lora = make_arm("lora", joined_settings["ranks"], "rates", quantized)
+        lora = make_arm("lora", joined_settings["ranks"], "lr", quantized)
         arms = {"of LoRA": lora}
         if options["full"]:
-            arms["of full fine-tuning"] = make_arm("full", [None], "full_rates")
+            arms["of full fine-tuning"] = make_arm("full", [None], "full_lr")
         if options["bitfit"]:
-            arms["of BitFit"] = make_arm("bitfit", [None], "rates")
+            arms["of BitFit"] = make_arm("bitfit", [None], "lr")
         bases = sum(not plan.has(subject="base", name=grid) for grid in {"", quantized or ""})
         # A full fine-tune keeps a copy, gradients and AdamW's two moments.
         weights = sum(
@@ -283,7 +291,7 @@ def train_rounded(
     grid: str | None,
     model: Model,
     cell: Cell,
-    training: Training,
+    training: TrainingSettings,
     sets: Sequence[Texts],
     after: Callable[[], None],
 ) -> list[Probe]:

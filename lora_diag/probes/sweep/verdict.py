@@ -629,7 +629,7 @@ def list_swept(records: Sequence[Probe], settings: Mapping[str, Any]) -> list[Sw
         records: Records of the sweep.
         settings: Settings of its run.
     """
-    seed, share = settings.get("seed", 0), settings.get("tolerance", TOLERANCE)
+    seed, share = settings.get("seed", 0), settings.get("gain_tolerance", TOLERANCE)
     sets = set_names(records)
     found = []
     for name in sets:

@@ -31,14 +31,14 @@ class TruncationOptions(Shifted, LayerProbeOptions, MissingAlpha, total=False):
 
     ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]
     match_norm: Annotated[bool, MATCH_NORM]
-    per: Annotated[str, GRANULARITY]
-    rest: Annotated[
+    granularity: Annotated[str, GRANULARITY]
+    untruncated: Annotated[
         str,
         Option(
             "tuned",
             "Norms, biases, embeddings and head: as in TUNED, or BASE.",
             "tuned|base",
-            ("--untruncated",),
+            former="rest",
         ),
     ]
 

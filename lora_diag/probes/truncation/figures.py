@@ -123,7 +123,9 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     else:
         keys = [*run_keys(series, **line), key("energy fraction C(r)", color=QUIET, **dots)]
     keys.append(key("BASE, TUNED", color=INK, lw=0.8 * width, ls=DASHED))
-    rest_settings = {item.run.settings.get("rest") for item in series if item.run is not None}
+    rest_settings = {
+        item.run.settings.get("untruncated") for item in series if item.run is not None
+    }
     rest = "Norms, biases, embeddings and head are as in "
     return Page(
         "Loss of the update truncated to rank r",

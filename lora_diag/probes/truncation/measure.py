@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses
+from lora_diag.models.losses import Losses, LossesBySet
 from lora_diag.models.swapping import FULL, Swapped, truncated_layers
 from lora_diag.probes.truncation import TruncationOptions
 from lora_diag.records import LeftOut, Probe, Results
@@ -111,14 +111,14 @@ def probe_truncation(
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
         tuned: Fine-tuned checkpoint or adapter.
-        evaluate: Held-out text or JSONL files from TUNED's training distribution.
+        eval: Held-out text or JSONL files from TUNED's training distribution.
         shifted: Files of another distribution.
         ranks: Ranks r; 0 restores the truncated layers of ``base``.
         match_norm: Also measure (‖ΔW‖/‖ΔW_r‖)·ΔW_r in every layer: its distance from ΔW_r is the
             loss of length, the rest of the gap to TUNED the loss of direction.
-        per: ``all`` layers truncated together; or each ``layer`` or module ``type`` alone, the
-            others as in TUNED.
-        rest: Source of the other tensors: ``tuned``, or ``base``, as with an adapter on the
+        granularity: ``all`` layers truncated together; or each ``layer`` or module ``type`` alone,
+            the others as in TUNED.
+        untruncated: Source of the other tensors: ``tuned``, or ``base``, as with an adapter on the
             matrices only.
         **options: ``TruncationOptions``.
 
@@ -140,12 +140,16 @@ def probe_truncation(
         ...     "sample_checkpoints/base",  # doctest: +SKIP
         ...     "sample_checkpoints/full_ft",
         ...     ranks=[4, 16],
-        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"],
+        ...     eval=["sample_checkpoints/eval/in_domain.txt"],
         ... )
         >>> [(record.subject, record.rank, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe truncation", options, TruncationOptions)
-    per, rest, match_norm = run.options["per"], run.options["rest"], run.options["match_norm"]
+    per, rest, match_norm = (
+        run.options["granularity"],
+        run.options["untruncated"],
+        run.options["match_norm"],
+    )
     ranks = list(check_ranks(run.options["ranks"], 0))
     run.check_files(base, tuned)
     compared = run.compare(base, tuned)
@@ -158,7 +162,7 @@ def probe_truncation(
     swapped = Swapped(model, deltas, ranks[-1])
     has_matched = any(cell.match_norm for cell in cells)
 
-    def measure_cell(cell: Cell) -> list[Losses]:
+    def measure_cell(cell: Cell) -> LossesBySet:
         if cell.rank is None:
             swapped.arrange({}, FULL if cell == TUNED else 0)
         else:
@@ -181,7 +185,12 @@ def probe_truncation(
         judge.judge(cells, note=f", and the SVD of {quantity(len(chosen))}")
         return left_out(compared.pairing, swapped.absent)
 
-    settings: dict[str, Any] = {"ranks": ranks, "per": per, "rest": rest, **run.selection}
+    settings: dict[str, Any] = {
+        "ranks": ranks,
+        "granularity": per,
+        "untruncated": rest,
+        **run.selection,
+    }
     if match_norm:
         settings["match_norm"] = True
     return run.over([*compared.inputs, *map(describe_texts, texts)], settings, measure_missing)

@@ -73,7 +73,7 @@ def truncation_lines(results: Results[Any]) -> list[Statement]:
         for name in set_names(records)
     ]
     return probe_summary(
-        results, *statements, reading=_READINGS[results.run.settings["rest"]] + _READING
+        results, *statements, reading=_READINGS[results.run.settings["untruncated"]] + _READING
     )
 
 

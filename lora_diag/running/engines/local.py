@@ -28,7 +28,7 @@ MIN_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class MachineLayout:
     """Allocation of a machine to layers.
 
     The number of cores of a matrix is proportional to its fraction of the memory budget: many small
@@ -58,9 +58,9 @@ class Layout:
         """Memory limit of one layer in bytes; None without limit.
 
         >>> (
-        ...     Layout(8, 800, limited=True).limit,
-        ...     Layout(8, 800, workers=2, limited=True).limit,
-        ...     Layout(8, 800).limit,
+        ...     MachineLayout(8, 800, limited=True).limit,
+        ...     MachineLayout(8, 800, workers=2, limited=True).limit,
+        ...     MachineLayout(8, 800).limit,
         ... )
         (800, 400, None)
         """
@@ -69,8 +69,8 @@ class Layout:
     def threads(self, footprint: int) -> int:
         """Return the number of cores for a layer that takes ``footprint`` bytes.
 
-        >>> Layout(8, 800).threads(50), Layout(8, 800).threads(250), Layout(8, 800).threads(5000)
-        (1, 3, 8)
+        >>> [MachineLayout(8, 800).threads(footprint) for footprint in (50, 250, 5000)]
+        [1, 3, 8]
         """
         if self.workers is not None:
             return max(1, self.cores // self.workers)
@@ -83,7 +83,7 @@ def layout_for(
     device: str = "cpu",
     memory: int | None = None,
     torch: bool = True,
-) -> Layout:
+) -> MachineLayout:
     """Return the allocation of this machine.
 
     Args:
@@ -101,7 +101,7 @@ def layout_for(
     cores = _count_torch_threads() if torch else _count_own_cores()
     workers = workers or (2 if device == "cuda" else None)
     if memory is None:
-        return Layout(cores, FLOOR_BYTES + 3 * 4 * largest, workers, torch=torch)
+        return MachineLayout(cores, FLOOR_BYTES + 3 * 4 * largest, workers, torch=torch)
     budget = memory - PROGRAM_BYTES
     if budget < MIN_BYTES * (workers or 1):
         minimum = math.ceil((PROGRAM_BYTES + MIN_BYTES * (workers or 1)) / 1e6)
@@ -109,7 +109,7 @@ def layout_for(
         raise UsageError(
             Given("memory", f"{memory / 1e6:.0f}MB"), program, f"give {minimum}MB or more"
         )
-    return Layout(cores, budget, workers, limited=True, torch=torch)
+    return MachineLayout(cores, budget, workers, limited=True, torch=torch)
 
 
 def _count_own_cores() -> int:
@@ -132,7 +132,7 @@ def _count_torch_threads() -> int:
 def run_local(
     measure: Callable[[Task], Record],
     tasks: Iterable[Task],
-    layout: Layout,
+    layout: MachineLayout,
     footprint: Callable[[Task], int],
 ) -> Iterator[Record]:
     """Yield the record of every task, in the order of the tasks.

@@ -36,7 +36,7 @@ from lora_diag.errors import (
     install_command,
     require,
 )
-from lora_diag.running.engines.local import Layout
+from lora_diag.running.engines.local import MachineLayout
 from lora_diag.running.engines.schedule import REACH, Batch, Capacity, Sized, batches, in_order
 from lora_diag.running.engines.worker import Job, measure_batch
 from lora_diag.version import __version__
@@ -265,7 +265,7 @@ IMPORT_FAILED = "The remote function failed to import on the worker"
 def run_ray(
     measure: Callable[[Task], Record],
     tasks: Iterable[Task],
-    layout: Layout,
+    layout: MachineLayout,
     footprint: Callable[[Task], int],
     engine: Ray,
     poll: Callable[[], None] = lambda: None,
@@ -309,7 +309,7 @@ def run_ray(
             run.stop()
 
 
-def capacity_of(engine: Ray, layout: Layout, footprint: int) -> tuple[int, int]:
+def capacity_of(engine: Ray, layout: MachineLayout, footprint: int) -> tuple[int, int]:
     """Return how many tasks of one size the cluster can run concurrently at present, and the cores
     of each.
 
@@ -390,7 +390,7 @@ class _Cluster:
         """Return the number of concurrent tasks that request this number of cores, at least 1."""
         return max(1, int(sum(node["CPU"] // cores for node in self._nodes)))
 
-    def threads(self, layout: Layout) -> Callable[[int], int]:
+    def threads(self, layout: MachineLayout) -> Callable[[int], int]:
         """Return a function from the memory of a layer to its cores; with GPUs, their fraction of a
         node's cores.
         """

@@ -107,13 +107,13 @@ def test_layer_weights_accept_probe_fisher_file(tmp_path):
     result, losses = spectra(), curves(3)
     records = [fisher(each.layer, each.shape, losses[each.layer], each.fro) for each in result]
     path = stored(tmp_path / "f.jsonl", records)
-    by_file = lora_diag.allocate(results(*result), params=180, weights=path)
+    by_file = lora_diag.allocate(results(*result), params=180, layer_weights=path)
     chosen = allocate(result, Budget("params", 180, "--params 180"), Constraints(), losses=losses)
     assert by_file.layers == chosen.layers
     assert by_file.run.inputs[-1].role == "weights"
     assert_names(by_file.run.inputs[-1].kind, 7, "gradients")
     part = stored(tmp_path / "part.jsonl", records[:2])
-    lacking = lora_diag.allocate(results(*result), params=180, weights=part)
+    lacking = lora_diag.allocate(results(*result), params=180, layer_weights=part)
     assert lacking.layers[2].rank == 0
     assert_names(lacking.run.inputs[-1].notes[0], "1 layers", "measured")
 
@@ -125,29 +125,29 @@ def test_files_without_these_layers_are_refused(tmp_path):
         tmp_path / "other.jsonl", [fisher("x.weight", (5, 4), (1.0, 1.0, 1.0, 1.0, 0.0), 1.0)]
     )
     with raises_naming(UsageError, "measurement", "spectra"):
-        lora_diag.allocate(results(*result), params=180, weights=other)
+        lora_diag.allocate(results(*result), params=180, layer_weights=other)
     off = stored(
         tmp_path / "off.jsonl",
         [record.model_copy(update={"fro": record.fro * 1.1}) for record in records],
     )
     with raises_naming(InputError, "measure", "update"):
-        lora_diag.allocate(results(*result), params=180, weights=off)
+        lora_diag.allocate(results(*result), params=180, layer_weights=off)
     cut = stored(tmp_path / "cut.jsonl", records, end=False)
     with pytest.raises(InputError, match="did not finish"):
-        lora_diag.allocate(results(*result), params=180, weights=cut)
+        lora_diag.allocate(results(*result), params=180, layer_weights=cut)
     assert lora_diag.allocate(
-        results(*result), params=180, weights=cut, allow_unfinished=True
+        results(*result), params=180, layer_weights=cut, allow_unfinished=True
     ).layers
     with pytest.raises(UsageError, match="relative"):
         lora_diag.allocate(
             results(*result),
             params=180,
-            weights=stored(tmp_path / "f.jsonl", records),
+            layer_weights=stored(tmp_path / "f.jsonl", records),
             relative=True,
         )
     with pytest.raises(InputError, match="probe truncation"):
         lora_diag.allocate(
             results(*result),
             params=180,
-            weights=stored(tmp_path / "t.jsonl", records, command="probe truncation"),
+            layer_weights=stored(tmp_path / "t.jsonl", records, command="probe truncation"),
         )

@@ -17,17 +17,17 @@ from tests.decisions.allocate.records import llama, results
 SPECTRA = results(*llama(3))
 
 
-@pytest.mark.parametrize("more", [{}, {"ranks_from": [2, 4]}, {"min_rank": 2}])
+@pytest.mark.parametrize("more", [{}, {"allowed_ranks": [2, 4]}, {"min_rank": 2}])
 def test_portable_allocation_is_the_best_of_one_rank(more):
     """By brute force: the best of the allocations that allow one rank each."""
     result = lora_diag.allocate(SPECTRA, params=2000, portable=True, **more)
     (rank,) = {each.rank for each in result} - {0}
     kept = {}
-    for one in more.get("ranks_from", GRID):
+    for one in more.get("allowed_ranks", GRID):
         if one < more.get("min_rank", 0):
             continue
         try:
-            alone = lora_diag.allocate(SPECTRA, params=2000, **{**more, "ranks_from": [one]})
+            alone = lora_diag.allocate(SPECTRA, params=2000, **{**more, "allowed_ranks": [one]})
         except UsageError:
             continue
         kept[one] = alone.whole[0].kept

@@ -12,7 +12,7 @@ import pytest
 import lora_diag
 from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate
 from lora_diag.decisions.allocate.peft_config import (
-    Scaling,
+    PeftScaling,
     check_config,
     compare_with_peft,
     make_peft_config,
@@ -64,7 +64,7 @@ def test_every_layer_has_requested_rank_and_scaling(tensors):
     result = allocation(llama(12), 5000, tensors)
     assert len({r.rank for r in result}) > 3
     assert any(r.rank == 0 for r in result)
-    config = make_peft_config(result, Scaling(1.5))
+    config = make_peft_config(result, PeftScaling(1.5))
     for r in result:
         assert resolved(config, module_of(r.layer)) == (
             (r.rank, pytest.approx(1.5)) if r.rank else None
@@ -111,7 +111,7 @@ def test_stacks_as_module_weights_are_module_targets():
         ["input_linear.weight"],
     )
     ranks = {"model.layers.0.mlp.input_linear": (4, 2.0), "model.layers.0.attn.q_proj": (4, 2.0)}
-    compare_with_peft(result, ranks, Scaling(2.0))
+    compare_with_peft(result, ranks, PeftScaling(2.0))
 
 
 def test_equal_ranks_share_one_pattern_key():
@@ -131,12 +131,12 @@ def test_equal_ranks_share_one_pattern_key():
 
 
 def test_rslora_keeps_one_alpha():
-    config = make_peft_config(allocation(llama(4), 3000), Scaling(2.0, rslora=True))
+    config = make_peft_config(allocation(llama(4), 3000), PeftScaling(2.0, rslora=True))
     assert config["use_rslora"]
     assert config["alpha_pattern"] == {}
     assert config["lora_alpha"] == pytest.approx(2 * math.sqrt(config["r"]))
     with pytest.raises(UsageError, match="--scaling 0"):
-        Scaling(0.0)
+        PeftScaling(0.0)
 
 
 def test_single_experts_are_refused_and_stacks_become_parameters():
@@ -260,7 +260,7 @@ def test_peft_builds_mixture_of_experts_as_allocated(tmp_path):
 def test_peft_model_is_compared_with_intended_ranks():
     result = allocation(llama(2), 1000)
     good = {f"wrapped.{name}": value for name, value in wanted(result).items()}
-    compare_with_peft(result, good, Scaling(2.0))
+    compare_with_peft(result, good, PeftScaling(2.0))
     first = next(iter(good))
     rank, scaling = good[first]
     for wrong, message in (
@@ -270,7 +270,7 @@ def test_peft_model_is_compared_with_intended_ranks():
         ({**good, "wrapped.other": (2, 2.0)}, "also adapts wrapped.other"),
     ):
         with pytest.raises(InputError, match=message):
-            compare_with_peft(result, wrong, Scaling(2.0))
+            compare_with_peft(result, wrong, PeftScaling(2.0))
 
 
 ENCODER = {

@@ -26,7 +26,7 @@ def test_file_and_results_in_memory_give_same(tmp_path):
 
 
 def test_written_then_read_is_equal(tmp_path):
-    result = lora_diag.allocate(SPECTRA, params="2k", ranks_from=[8, 2, 4])
+    result = lora_diag.allocate(SPECTRA, params="2k", allowed_ranks=[8, 2, 4])
     write_allocation(result, tmp_path / "a.jsonl")
     read = read_results_of(Allocation, tmp_path / "a.jsonl")
     assert replace(read, end=read.end.model_copy(update={"sha256": ""})) == result
@@ -40,7 +40,9 @@ def test_budgets_as_text_and_numbers():
     by_memory = lora_diag.allocate(SPECTRA, memory_budget="32kB")
     assert by_memory.layers == by_words.layers
     assert lora_diag.allocate(SPECTRA, memory_budget=32_000).layers == by_words.layers
-    tight = lora_diag.allocate(SPECTRA, memory_budget="32kB", optimizer="sgd", dtype="bfloat16")
+    tight = lora_diag.allocate(
+        SPECTRA, memory_budget="32kB", optimizer="sgd", adapter_dtype="bfloat16"
+    )
     assert tight.layers == lora_diag.allocate(SPECTRA, params=8000).layers != by_words.layers
 
 
@@ -87,10 +89,12 @@ def test_weights_by_name_and_from_file(tmp_path):
     (tmp_path / "w.json").write_text(
         json.dumps({layers[0].removesuffix(".weight"): 1e6, "default": 1})
     )
-    by_file = lora_diag.allocate(SPECTRA, params=2000, weights=tmp_path / "w.json")
+    by_file = lora_diag.allocate(SPECTRA, params=2000, layer_weights=tmp_path / "w.json")
     assert (
         by_file.layers
-        == lora_diag.allocate(SPECTRA, params=2000, weights={layers[0]: 1e6, "default": 1.0}).layers
+        == lora_diag.allocate(
+            SPECTRA, params=2000, layer_weights={layers[0]: 1e6, "default": 1.0}
+        ).layers
     )
     assert [layer.weight for layer in by_file] == [1e6, *[1.0] * (len(layers) - 1)]
     assert by_file.layers[0].rank == by_file.layers[0].cap
@@ -101,10 +105,10 @@ def test_weights_by_name_and_from_file(tmp_path):
         ({layers[0]: float("inf"), "default": 1}, "from 0 up"),
     ):
         with pytest.raises(UsageError, match=message):
-            lora_diag.allocate(SPECTRA, params=2000, weights=wrong)
+            lora_diag.allocate(SPECTRA, params=2000, layer_weights=wrong)
     (tmp_path / "w.json").write_text("[1]")
     with pytest.raises(InputError, match="not an object"):
-        lora_diag.allocate(SPECTRA, params=2000, weights=tmp_path / "w.json")
+        lora_diag.allocate(SPECTRA, params=2000, layer_weights=tmp_path / "w.json")
 
 
 def test_overwrite_keeps_other_files(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_diag.decisions.allocate.run import apply_rank_rules
-from lora_diag.decisions.targets import Training, why_no_target
+from lora_diag.decisions.targets import TrainingMemory, why_no_target
 from lora_diag.errors import UsageError
 from lora_diag.metrics.energy import gavish_donoho
 from lora_diag.running.amounts import read_bytes, read_count, read_share
@@ -53,9 +53,9 @@ def test_invalid_amount_is_refused(read, value):
 
 
 def test_bytes_of_parameter():
-    assert Training("adamw", "float32").bytes_per_param == 4 + 4 + 4 + 4
-    assert Training("adamw8bit", "bfloat16").bytes_per_param == 2 + 2 + 2 * (1 + 4 / 256)
-    assert Training("sgd_momentum", "float16").bytes_per_param == 2 + 2 + 4
+    assert TrainingMemory("adamw", "float32").bytes_per_param == 4 + 4 + 4 + 4
+    assert TrainingMemory("adamw8bit", "bfloat16").bytes_per_param == 2 + 2 + 2 * (1 + 4 / 256)
+    assert TrainingMemory("sgd_momentum", "float16").bytes_per_param == 2 + 2 + 4
 
 
 @pytest.mark.parametrize("shape", [(200, 200), (100, 400), (400, 100)])

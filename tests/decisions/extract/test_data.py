@@ -16,7 +16,7 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.extract.measure import ExtractionSettings, Rank, extract
 from lora_diag.deltas import Side
 from lora_diag.errors import UsageError
-from lora_diag.layers.metric import Moments, Weighting
+from lora_diag.layers.metric import MomentLocation, Weighting
 from tests import oracles
 from tests.adapters.making import product
 from tests.conftest import ROOT
@@ -34,7 +34,9 @@ def weighting(folder, x, on_rows):
     c = torch.tensor(x @ x.T / x.shape[1])
     save_file({"q_proj.weight": c}, folder / "c.safetensors")
     return Weighting(
-        Moments(Side(open_checkpoint(folder / "c.safetensors"), "q_proj.weight"), len(c), on_rows)
+        MomentLocation(
+            Side(open_checkpoint(folder / "c.safetensors"), "q_proj.weight"), len(c), on_rows
+        )
     )
 
 
@@ -59,7 +61,7 @@ def test_output_error_is_minimal(
     if kfac:
         g = rng.standard_normal((other, seen))
         save_file({"g": torch.tensor(g @ g.T / seen)}, folder / "g.safetensors")
-        gradients = Moments(
+        gradients = MomentLocation(
             Side(open_checkpoint(folder / "g.safetensors"), "g"), other, not on_rows
         )
         weights, k, near = (
@@ -99,7 +101,9 @@ def test_output_error_is_minimal(
 def test_bound_includes_rounding_of_moments(tmp_path):
     layer, _ = layer_of(np.random.default_rng(0).standard_normal((8, 6)), tmp_path, Rank(2))
     save_file({"q_proj.weight": torch.eye(6).bfloat16()}, tmp_path / "c.safetensors")
-    moments = Moments(Side(open_checkpoint(tmp_path / "c.safetensors"), "q_proj.weight"), 6, False)
+    moments = MomentLocation(
+        Side(open_checkpoint(tmp_path / "c.safetensors"), "q_proj.weight"), 6, False
+    )
     record = extract(
         replace(layer, weighting=Weighting(moments)), ExtractionSettings(), RunRecords()
     )

@@ -46,7 +46,9 @@ def pair(tmp_path, shapes, config):
 def test_extract_format_holds_the_same_factors(tmp_path, form, shapes, config, dtype):
     base, tuned = pair(tmp_path, shapes, config)
     for name in ("peft", form):
-        results = extract(base, tuned, tmp_path / name, energy=0.999999, format=name, dtype=dtype)
+        results = extract(
+            base, tuned, tmp_path / name, energy=0.999999, format=name, adapter_dtype=dtype
+        )
         assert {record.layer: record.rank for record in results} == {
             layer: i for i, layer in enumerate(shapes, 1)
         }

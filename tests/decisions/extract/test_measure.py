@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import lora_diag
 from lora_diag import deltas
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.decisions.extract.measure import ExtractionSettings, Layer, Rank, extract
+from lora_diag.decisions.extract.measure import ExtractionSettings, ExtractLayer, Rank, extract
 from lora_diag.deltas import FactoredDelta, pair
 from lora_diag.errors import InputError, UsageError
 from tests.messages import raises_naming
@@ -28,7 +28,7 @@ def layer_of(change, tmp_path, rank, transposed=False):
         *(open_checkpoint(tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))
     ).deltas
     real = (base + change).astype(np.float32).astype(np.float64) - base.astype(np.float64)
-    return Layer(deltas[0], "q_proj", "linear", transposed, rank), real
+    return ExtractLayer(deltas[0], "q_proj", "linear", transposed, rank), real
 
 
 class RunRecords:
@@ -139,7 +139,7 @@ def rounded_layer(folder):
     delta = pair(
         *(open_checkpoint(folder / f"{name}.safetensors") for name in ("base", "tuned"))
     ).deltas[0]
-    return Layer(delta, "q_proj", "linear", False, Rank(signal=True))
+    return ExtractLayer(delta, "q_proj", "linear", False, Rank(signal=True))
 
 
 def test_signal_keeps_values_above_rounding(tmp_path):
@@ -176,12 +176,12 @@ def test_factors_are_compressed_without_forming_their_product(tmp_path):
         "q_proj.weight", (200_000, 100_000), lambda: (b * s, a), (None, "float64")
     )
     record = extract(
-        Layer(delta, "q_proj", "linear", False, Rank(2)), ExtractionSettings(), RunRecords()
+        ExtractLayer(delta, "q_proj", "linear", False, Rank(2)), ExtractionSettings(), RunRecords()
     )
     assert record.epsilon == pytest.approx(0.5 / np.sqrt(5.25), rel=1e-5)
     assert record.method == "factored"
     wide = extract(
-        Layer(delta, "q_proj", "linear", False, Rank(64)), ExtractionSettings(), RunRecords()
+        ExtractLayer(delta, "q_proj", "linear", False, Rank(64)), ExtractionSettings(), RunRecords()
     )
     assert wide.rank == 3
     assert wide.epsilon < 1e-6

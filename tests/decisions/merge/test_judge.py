@@ -9,13 +9,14 @@ from lora_diag.decisions.merge.judge import MergeJudge
 from lora_diag.decisions.merge.record import MergedLoss
 from lora_diag.decisions.merge.run import list_candidates
 from lora_diag.errors import InputError, UsageError
-from lora_diag.models.losses import measure
 from lora_diag.running.options import fill_options
+from lora_diag.running.probing import ProbeRun
 from tests import oracles
 from tests.messages import assert_names
 from tests.probes.making import gpt2, moved, some_text, tensors, window_losses
 
 SCALES = (0.5, 1.0)
+measure = ProbeRun.measure
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def case(tmp_path_factory):
 def merged(case, output, **options):
     base, updates, first, second = case
     texts = [f"one={first}", str(second)]
-    return lora_diag.merge(base, updates, output, full=True, evaluate=texts, batch=4, **options)
+    return lora_diag.merge(base, updates, output, checkpoint=True, eval=texts, batch=4, **options)
 
 
 def losses_of(case, make):
@@ -56,15 +57,15 @@ def test_texts_of_one_file_name_are_told_apart(case, tmp_path):
         file.parent.mkdir()
         file.write_text(text.read_text())
     named = [f"one={files[0]}", f"two={files[1]}"]
-    found = lora_diag.merge(base, updates, tmp_path / "out", full=True, evaluate=named, batch=4)
+    found = lora_diag.merge(base, updates, tmp_path / "out", checkpoint=True, eval=named, batch=4)
     assert {record.set for record in found.whole_of(MergedLoss)} == {"one", "two"}
     with pytest.raises(UsageError, match="eval"):
         lora_diag.merge(
             base,
             updates,
             tmp_path / "b",
-            full=True,
-            evaluate=[f"one={file}" for file in files],
+            checkpoint=True,
+            eval=[f"one={file}" for file in files],
             batch=4,
         )
 
@@ -143,13 +144,14 @@ def test_merge_with_a_loss_that_is_nan_is_not_chosen(case, tmp_path, monkeypatch
     """Not even if only a sequence after those that choose has one."""
     chosen = merged(case, tmp_path / "clean", method="sum", scales=SCALES).run.settings["scale"]
 
-    def spoil(model, texts, batch, step):
-        found = measure(model, texts, batch, step)
-        if step.args == (f"sum λ={chosen:g}",):
-            found.sums[-1] = float("nan")
+    def spoil(run, texts, label):
+        found = measure(run, texts, label)
+        if label == f"sum λ={chosen:g}":
+            for losses in found.values():
+                losses.sums[-1] = float("nan")
         return found
 
-    monkeypatch.setattr(judge, "measure", spoil)
+    monkeypatch.setattr(ProbeRun, "measure", spoil)
     found = merged(case, tmp_path / "out", method="sum", scales=SCALES)
     assert {found.run.settings["scale"]} == {*SCALES} - {chosen}
     spoilt = [record for record in found.whole_of(MergedLoss) if record.scale == chosen]
@@ -164,12 +166,12 @@ def test_rounded_checkpoint_is_judged_as_written(case, tmp_path):
         lora_diag.extract(base, update, output=tmp_path / update.name, rank=2, layers="c_fc")
     adapters, out = [tmp_path / update.name for update in updates], tmp_path / "out"
     options = {
-        "evaluate": [f"two={first}"],
+        "eval": [f"two={first}"],
         "output_dtype": "bfloat16",
         "batch": 4,
         "scales": [0.3],
     }
-    found = lora_diag.merge(base, adapters, out, full=True, **options)
+    found = lora_diag.merge(base, adapters, out, checkpoint=True, **options)
     (best_record,) = (record for record in found.whole_of(MergedLoss) if record.chosen)
     assert best_record.loss == pytest.approx(
         window_losses(base, tensors(out), first, 32).mean(), abs=2e-6
@@ -178,13 +180,13 @@ def test_rounded_checkpoint_is_judged_as_written(case, tmp_path):
 
 @pytest.mark.slow
 def test_interruption_leaves_nothing_and_resume_checks_settings(case, tmp_path, monkeypatch):
-    def interrupt(model, texts, batch, step):
-        if "sum" in step.args[0]:
+    def interrupt(run, texts, label):
+        if "sum" in label:
             raise KeyboardInterrupt
-        return measure(model, texts, batch, step)
+        return measure(run, texts, label)
 
     with monkeypatch.context() as patch:
-        patch.setattr(judge, "measure", interrupt)
+        patch.setattr(ProbeRun, "measure", interrupt)
         with pytest.raises(KeyboardInterrupt):
             merged(case, tmp_path / "out", method="sum")
     assert not list(tmp_path.iterdir())
@@ -222,7 +224,7 @@ def test_density_applies_to_the_methods_that_trim():
         **fill_options(MergeOptions, {}),
         "method": "all",
         "density": 0.3,
-        "evaluate": ["text.txt"],
+        "eval": ["text.txt"],
     }
     found = {candidate.method: candidate.density for candidate in list_candidates(options, 2)}
     assert found == {method: None if method.density is None else 0.3 for method in METHODS.values()}
@@ -235,12 +237,12 @@ def test_single_merge_of_adapters_is_judged_by_all_sequences(case, tmp_path):
         lora_diag.extract(base, update, output=tmp_path / update.name, rank=3)
     adapters = [tmp_path / update.name for update in updates]
     found = lora_diag.merge(
-        base, adapters, tmp_path / "out", evaluate=[f"two={first}"], batch=4, rank=2
+        base, adapters, tmp_path / "out", eval=[f"two={first}"], batch=4, rank=2
     )
     by_method = {record.method: record for record in found.whole_of(MergedLoss)}
     assert {record.skipped for record in by_method.values()} == {0}
     probed = lora_diag.probe_outputs(
-        base, None, [adapters[1], tmp_path / "out"], evaluate=[first], batch=4
+        base, None, [adapters[1], tmp_path / "out"], eval=[first], batch=4
     ).whole
     assert [by_method[name].loss for name in ("base", "alone", "mean")] == pytest.approx(
         [record.loss for record in probed], abs=1e-6
@@ -253,14 +255,14 @@ def test_single_merge_of_adapters_is_judged_by_all_sequences(case, tmp_path):
     [
         ({"method": "all"}, ["method='all'", "eval"]),
         ({"scales": [0.5]}, ["scales", "eval"]),
-        ({"evaluate": ["three=text.txt"]}, ["three", "one", "two"]),
-        ({"evaluate": ["one=text.txt"]}, ["text.txt"]),
+        ({"eval": ["three=text.txt"]}, ["three", "one", "two"]),
+        ({"eval": ["one=text.txt"]}, ["text.txt"]),
     ],
 )
 def test_unusable_texts_and_options_are_refused(case, tmp_path, options, facts):
     base, updates, *_ = case
     with pytest.raises((UsageError, InputError)) as error:
-        lora_diag.merge(base, updates, tmp_path / "out", full=True, **options)
+        lora_diag.merge(base, updates, tmp_path / "out", checkpoint=True, **options)
     assert_names(str(error.value), *facts)
     assert not list(tmp_path.iterdir())
 

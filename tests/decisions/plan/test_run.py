@@ -85,7 +85,7 @@ def test_whole_model_and_its_memory(tmp_path):
     assert eight.bytes["adamw"] == 16 * eight.params
     assert eight.bytes["adamw8bit"] == 10.03125 * eight.params
     assert eight.of_model == eight.params / result.params
-    bf16 = plan(tmp_path, dtype="bfloat16")
+    bf16 = plan(tmp_path, adapter_dtype="bfloat16")
     assert bf16.full_bytes["adamw"] == (2 + 2 + 8) * result.params
 
 
@@ -155,7 +155,7 @@ def test_budget_beyond_full_rank_is_unused(tmp_path):
         ({"layers": "("}, "layers"),
         ({"ranks": [0]}, "ranks=0"),
         ({"optimizer": "lion"}, "optimizer=lion"),
-        ({"dtype": "int4"}, "dtype=int4"),
+        ({"adapter_dtype": "int4"}, "adapter_dtype='int4'"),
         ({"tokens": "none"}, "tokens=none"),
         ({"tokens": 5, "data": "config.json"}, "cannot be combined with data"),
     ],

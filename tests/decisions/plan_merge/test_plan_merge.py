@@ -14,7 +14,13 @@ from safetensors.torch import save_file
 import lora_diag
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.plan_merge import measure as measuring
-from lora_diag.decisions.plan_merge.measure import GROUPS, MergeTask, PlanSettings, Target, quantize
+from lora_diag.decisions.plan_merge.measure import (
+    GROUPS,
+    PlanSettings,
+    StorageTarget,
+    StorageTask,
+    quantize,
+)
 from lora_diag.decisions.plan_merge.record import (
     FormatEffect,
     PlannedMerge,
@@ -32,10 +38,13 @@ SAMPLES = ROOT / "sample_checkpoints"
 BASE, R4 = SAMPLES / "base", SAMPLES / "lora_r4"
 Q = "model.layers.0.self_attn.q_proj.weight"
 TARGETS = [
-    *(Target(name, GROUPS.get(name, 0)) for name in ("bf16", "fp16", "fp8", "mxfp4", "nvfp4")),
-    Target("fp8", 0, per_tensor=True),
-    Target("int4", 32),
-    *(Target(name, 32) for name in GROUPS if name.startswith("q")),
+    *(
+        StorageTarget(name, GROUPS.get(name, 0))
+        for name in ("bf16", "fp16", "fp8", "mxfp4", "nvfp4")
+    ),
+    StorageTarget("fp8", 0, per_tensor=True),
+    StorageTarget("int4", 32),
+    *(StorageTarget(name, 32) for name in GROUPS if name.startswith("q")),
 ]
 
 
@@ -188,13 +197,13 @@ def test_quantize_agrees_with_the_gguf_package(name):
     with np.errstate(over="ignore", invalid="ignore"), warnings.catch_warnings(action="ignore"):
         expected = quants.dequantize(quants.quantize(x, kind), kind)
     np.testing.assert_array_equal(
-        quantize(torch.tensor(x), Target(name, 32))[1].float().numpy(), expected
+        quantize(torch.tensor(x), StorageTarget(name, 32))[1].float().numpy(), expected
     )
 
 
 def test_fp16_overflows_and_zeros_stay_zero():
     x = torch.tensor([[65519.0, 65520.0, -7e4]])
-    assert quantize(x, Target("fp16"))[1].tolist() == [[65504.0, math.inf, -math.inf]]
+    assert quantize(x, StorageTarget("fp16"))[1].tolist() == [[65504.0, math.inf, -math.inf]]
     for target in TARGETS:
         assert not quantize(torch.zeros(2, 5), target, torch.zeros(2, 1))[1].any()
 
@@ -237,7 +246,7 @@ def test_record_follows_from_the_definitions(target, tmp_path, monkeypatch):
     plane = np.linalg.qr(a[:2].T.astype(float))[0]
     assert record.base_error_inside == pytest.approx(norm((before[1] - w) @ plane) / fro, rel=1e-7)
     for result, name in ((record.bf16, "bf16"), (record.fp16, "fp16")):
-        stored = oracle(w + u, Target(name))[1]
+        stored = oracle(w + u, StorageTarget(name))[1]
         assert result.error == pytest.approx(norm(stored - w - u) / fro, rel=1e-9)
         assert result.arrived == pytest.approx(((stored - w) * u).sum() / fro**2, rel=1e-9)
     assert record.base_noise is None
@@ -293,14 +302,16 @@ def test_quantized_base_loses_small_update(tmp_path):
     delta = FactoredDelta(
         f"{name}[0]", (64, 4), lambda: factors, ("float32", "float32"), Side(base, name)
     )
-    (record,) = measuring.measure(MergeTask(delta, in_out=True), PlanSettings(Target("mxfp4", 32)))
+    (record,) = measuring.measure(
+        StorageTask(delta, in_out=True), PlanSettings(StorageTarget("mxfp4", 32))
+    )
     fro = np.linalg.norm(b @ a)
     assert record.base_error == record.base_error_inside == record.moved == record.arrived == 0.0
     assert (record.error, record.conclusion) == (pytest.approx(1.0), "serve unmerged")
     steps = base.read_steps(name).double().numpy()
     assert record.base_noise == pytest.approx(np.sqrt((steps**2).sum() / 12) / fro)
-    target = Target("int4", 32)
-    (record,) = measuring.measure(MergeTask(delta, in_out=True), PlanSettings(target))
+    target = StorageTarget("int4", 32)
+    (record,) = measuring.measure(StorageTask(delta, in_out=True), PlanSettings(target))
     off = oracle(w.T, target)[1].T - w
     assert record.base_error == pytest.approx(np.linalg.norm(off) / fro)
     inside = np.linalg.norm(b.T @ off) / np.linalg.norm(
@@ -320,8 +331,8 @@ def test_rows_that_are_inputs_are_grouped_as_inputs(lines, tmp_path, monkeypatch
     plain = FactoredDelta("w", (6, 100), lambda: (b, a), ("float32",) * 2, Side(file, "a"))
     turned = FactoredDelta("w", (100, 6), lambda: (a.T, b.T), ("float32",) * 2, Side(file, "t"))
     for target in TARGETS:
-        (one,) = measuring.measure(MergeTask(plain), PlanSettings(target))
-        (other,) = measuring.measure(MergeTask(turned, in_out=True), PlanSettings(target))
+        (one,) = measuring.measure(StorageTask(plain), PlanSettings(target))
+        (other,) = measuring.measure(StorageTask(turned, in_out=True), PlanSettings(target))
         for field in ("fro", "arrived", "error", "moved", "base_error", "base_error_inside"):
             assert getattr(other, field) == pytest.approx(getattr(one, field), rel=1e-9), (
                 target,
@@ -468,7 +479,7 @@ def test_full_tensors_of_an_adapter_are_rounded_too(tmp_path):
         tensors | {"base_model.model.lm_head.weight": w * 2}, adapter / "adapter_model.safetensors"
     )
     record = lora_diag.plan_merge(base, adapter, to="bf16")["lm_head.weight"]
-    stored = oracle((2 * w).numpy(), Target("bf16"))[1] - w.double().numpy()
+    stored = oracle((2 * w).numpy(), StorageTarget("bf16"))[1] - w.double().numpy()
     assert record.error == pytest.approx(
         np.linalg.norm(stored - w.double().numpy()) / float(w.double().norm())
     )

@@ -115,7 +115,7 @@ def test_recover_measures_small_float32_update(tmp_path):
 
 def test_recovered_adapter_is_svd_of_posterior_mean(models, tmp_path):
     base, tuned, before, after, x = models
-    result = lora_diag.recover(base, tuned, tmp_path / "full", full=True)
+    result = lora_diag.recover(base, tuned, tmp_path / "full", checkpoint=True)
     mean = load_file(tmp_path / "full" / "model.safetensors")[Q].double() - before[Q].double()
     result = lora_diag.recover(base, tuned, tmp_path / "adapter", rank=3)
     files = {path.name for path in (tmp_path / "adapter").iterdir()}
@@ -235,7 +235,7 @@ def test_recover_budget_keeps_leading_directions(models, tmp_path):
 
 def test_recovered_checkpoint_rounds_to_stored_values(models, tmp_path):
     base, tuned, before, after, x = models
-    result = lora_diag.recover(base, tuned, tmp_path / "full", full=True, nearest=True)
+    result = lora_diag.recover(base, tuned, tmp_path / "full", checkpoint=True, nearest=True)
     assert {record.layer: record.written for record in result} == {
         Q: "posterior",
         UP: "posterior",
@@ -256,7 +256,7 @@ def test_recovered_checkpoint_rounds_to_stored_values(models, tmp_path):
 
 def test_kept_length_scales_the_estimate_to_its_norm(models, tmp_path):
     base, tuned, before, *_ = models
-    for name, ways in (("full", {"full": True}), ("r3", {"rank": 3})):
+    for name, ways in (("full", {"checkpoint": True}), ("r3", {"rank": 3})):
         lora_diag.recover(base, tuned, tmp_path / name, nearest=True, **ways)
         result = lora_diag.recover(base, tuned, tmp_path / f"{name}long", **ways)
     plain, long = (
@@ -288,26 +288,26 @@ def test_kept_length_scales_the_estimate_to_its_norm(models, tmp_path):
 
 def test_recover_resumes_interrupted_run(models, tmp_path):
     base, tuned, *_ = models
-    whole = lora_diag.recover(base, tuned, tmp_path / "whole", full=True)
+    whole = lora_diag.recover(base, tuned, tmp_path / "whole", checkpoint=True)
 
     def stop(record):
         if record.record == "recovery":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        lora_diag.recover(base, tuned, tmp_path / "again", full=True, on_record=stop)
+        lora_diag.recover(base, tuned, tmp_path / "again", checkpoint=True, on_record=stop)
     assert not (tmp_path / "again").exists()
     with pytest.raises(lora_diag.UsageError, match="did not finish"):
-        lora_diag.recover(base, tuned, tmp_path / "again", full=True)
-    resumed = lora_diag.recover(base, tuned, tmp_path / "again", full=True, resume=True)
+        lora_diag.recover(base, tuned, tmp_path / "again", checkpoint=True)
+    resumed = lora_diag.recover(base, tuned, tmp_path / "again", checkpoint=True, resume=True)
     assert resumed.layers == whole.layers
     for name in ("model.safetensors", "config.json", "recovery.jsonl"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     with pytest.raises(lora_diag.UsageError, match="not empty"):
-        lora_diag.recover(base, tuned, tmp_path / "again", full=True)
+        lora_diag.recover(base, tuned, tmp_path / "again", checkpoint=True)
 
 
-@pytest.mark.parametrize("ways", [{}, {"full": True}, {"rank": 3}], ids=str)
+@pytest.mark.parametrize("ways", [{}, {"checkpoint": True}, {"rank": 3}], ids=str)
 def test_recover_time_limit_leaves_layers_for_resume(models, tmp_path, monkeypatch, ways):
     """The clock is stopped for the options, the sample and one layer. q hides more per entry than
     the others.
@@ -361,7 +361,7 @@ def test_recover_stack_of_experts_by_matrix(tmp_path):
     save_model(tmp_path / "base", {name: before})
     save_model(tmp_path / "tuned", {name: after})
     result = lora_diag.recover(
-        tmp_path / "base", tmp_path / "tuned", tmp_path / "full", full=True, nearest=True
+        tmp_path / "base", tmp_path / "tuned", tmp_path / "full", checkpoint=True, nearest=True
     )
     assert [record.layer for record in result] == [f"{name}[0]", f"{name}[1]"]
     tensor = load_file(tmp_path / "full" / "model.safetensors")[name]

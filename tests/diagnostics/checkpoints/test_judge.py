@@ -21,7 +21,7 @@ from lora_diag.diagnostics.checkpoints.held_out import (
     compare_combinations,
     is_better,
 )
-from lora_diag.diagnostics.checkpoints.judge import Rule, read_rules
+from lora_diag.diagnostics.checkpoints.judge import CombinationRule, read_rules
 from lora_diag.diagnostics.checkpoints.record import Combination
 from lora_diag.diagnostics.checkpoints.show import suggest_next
 from lora_diag.errors import UsageError
@@ -109,7 +109,7 @@ def full_run(base, adapters, folder):
 
 
 def judged(base, out, text, **options):
-    return lora_diag.trajectory(out, base=base, evaluate=[text], batch=4, **options)
+    return lora_diag.trajectory(out, base=base, eval=[text], batch=4, **options)
 
 
 def merged_losses(base, update, text):
@@ -279,7 +279,7 @@ def test_rank1_extrapolates_projections_on_first_direction(seed, count, factor):
     _, _, vh = np.linalg.svd(path, full_matrices=False)
     target = steps[-1] + factor * (steps[-1] - steps[-2])
     expected = np.polyval(np.polyfit(steps, path @ vh[0], 1), target) * vh[0]
-    weights = Rule("rank1", factor).weigh(steps.tolist(), path @ path.T)
+    weights = CombinationRule("rank1", factor).weigh(steps.tolist(), path @ path.T)
     np.testing.assert_allclose(
         weights @ path, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max()
     )
@@ -307,11 +307,11 @@ def test_invalid_rule_is_refused(option, text):
 def test_evaluation_without_base_is_refused(run):
     _, out, text = run
     with pytest.raises(UsageError) as error:
-        lora_diag.trajectory(out, evaluate=[text])
-    assert_names(str(error.value), "evaluate", "BASE")
+        lora_diag.trajectory(out, eval=[text])
+    assert_names(str(error.value), "eval", "BASE")
     with pytest.raises(UsageError) as error:
         lora_diag.trajectory(out, average=["uniform"])
-    assert_names(str(error.value), "average", "evaluate")
+    assert_names(str(error.value), "average", "eval")
 
 
 @pytest.mark.slow

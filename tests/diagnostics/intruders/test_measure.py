@@ -103,7 +103,7 @@ def test_any_matrix_against_numpy(tmp_path_factory, seed, m, n, size, k, epsilon
         tmp_path_factory.mktemp("x"),
         before,
         after,
-        top=k,
+        directions=k,
         epsilon=epsilon,
         window=window,
         method="exact",
@@ -138,11 +138,11 @@ def test_directions_of_equal_value_may_rotate(tmp_path):
     after = (u[:, :6] @ turn * np.linspace(5.1, 5.0, 6)) @ (turn.T @ vh[:6]) + (
         u[:, 6:] * s0[6:]
     ) @ vh[6:]
-    record = measured(tmp_path, before, after, top=6, epsilon=0.95)
+    record = measured(tmp_path, before, after, directions=6, epsilon=0.95)
     assert record.count >= 4  # no single match
     assert record.intruders == 0
     assert all(direction.projection > 0.999 for direction in record.directions)
-    narrow = measured(tmp_path, before, after, top=6, epsilon=0.95, window=0.0)
+    narrow = measured(tmp_path, before, after, directions=6, epsilon=0.95, window=0.0)
     assert narrow.intruders == narrow.count == record.count
 
 
@@ -167,6 +167,6 @@ def test_non_finite_weight_is_left_out(tmp_path):
 
 
 def test_invalid_options_are_rejected():
-    for options in ({"epsilon": 1.0}, {"epsilon": 0.0}, {"window": 1.0}, {"top": 0}):
+    for options in ({"epsilon": 1.0}, {"epsilon": 0.0}, {"window": 1.0}, {"directions": 0}):
         with pytest.raises(UsageError):
             lora_diag.intruders(SAMPLES / "base", SAMPLES / "full_ft", **options)

@@ -10,7 +10,12 @@ from safetensors.torch import load_file, save_file
 import lora_diag
 from lora_diag.diagnostics.spectrum import run
 from lora_diag.diagnostics.spectrum.measure import spectrum as with_torch
-from lora_diag.diagnostics.spectrum.values import Layer, SpectrumSettings, is_thin, thin_spectrum
+from lora_diag.diagnostics.spectrum.values import (
+    SpectrumSettings,
+    WeightedLayer,
+    is_thin,
+    thin_spectrum,
+)
 from lora_diag.running.inputs import compare
 from tests.adapters.making import adapter, normal, write
 from tests.messages import raises_naming
@@ -41,7 +46,7 @@ def mlx(folder, tensors):
 
 def both(path):
     """Return for every layer the record of NumPy and that of torch."""
-    layers = [Layer(delta) for delta in compare(path, None).pairing.deltas]
+    layers = [WeightedLayer(delta) for delta in compare(path, None).pairing.deltas]
     settings = SpectrumSettings(ranks=(1, 2, 4))
     assert all(is_thin(layer, settings) for layer in layers)
     return [(thin_spectrum(layer, settings), with_torch(layer.delta, settings)) for layer in layers]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.merge_scale import ORDERS, factors, verified
-from lora_diag.linalg.merge import Product, Rounding, check_merge
+from lora_diag.linalg.merge import MergeRounding, Product, check_merge
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RSLORA = 16 / math.sqrt(8)
@@ -246,7 +246,10 @@ def test_line_sums_equal_oracle(dtype, u):
     left, right = b.double() * 1.5, a.double()
     tiny = torch.finfo(dtype).smallest_normal * 2 * u
     check = check_merge(
-        [(w, m, None)], (24, 20), Product(left, right), Rounding(dtype, u, cast=True, scale=1.5)
+        [(w, m, None)],
+        (24, 20),
+        Product(left, right),
+        MergeRounding(dtype, u, cast=True, scale=1.5),
     )
     w64, m64, b64, a64 = (t.double().numpy() for t in (w, m, left, right))
     d = b64 @ a64
@@ -286,7 +289,7 @@ def test_line_errors_cover_merges():
     for seed in range(30):
         w, b, a = factors((64, 96), 4, 0.3, 1.5, torch.bfloat16, seed)
         m = ORDERS["in the dtype"](w, b, a, 1.5)
-        how = Rounding(torch.bfloat16, 2.0**-8, cast=True, scale=1.5)
+        how = MergeRounding(torch.bfloat16, 2.0**-8, cast=True, scale=1.5)
         check = check_merge([(w, m, None)], (64, 96), Product(b.double() * 1.5, a.double()), how)
         off += [
             lines.difference / (lines.variance + lines.deviation.square()).sqrt()

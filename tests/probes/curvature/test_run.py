@@ -230,11 +230,11 @@ def measured(case):
     return lora_diag.probe_curvature(
         base,
         tuned,
-        evaluate=[text],
+        eval=[text],
         layers="query",
         ranks=(0, 2, 9, 16),
         along=(0.05, 0.1),
-        top=4,
+        eigenvalues=4,
         batch=4,
         tokenizer="bytes",
     )
@@ -385,11 +385,11 @@ def test_loss_bound_holds_if_convex(case, tmp_path):
     result = lora_diag.probe_curvature(
         base,
         tmp_path / "tuned",
-        evaluate=[text],
+        eval=[text],
         layers="^classifier",
         ranks=(0, 1, 2),
         along=(0.25, 0.5),
-        top=2,
+        eigenvalues=2,
         tokenizer="bytes",
     )
     joint = result.whole[0]
@@ -419,9 +419,15 @@ def test_loss_bound_holds_if_convex(case, tmp_path):
 
 def test_gradient_at_base_is_projected_on_top_eigenpairs(case, at_base):
     base, _, text = case
-    options = {"evaluate": [text], "layers": "query", "top": 6, "batch": 9, "tokenizer": "bytes"}
+    options = {
+        "eval": [text],
+        "layers": "query",
+        "eigenvalues": 6,
+        "batch": 9,
+        "tokenizer": "bytes",
+    }
     _, joint = lora_diag.probe_curvature(base, **options).whole
-    _, own = lora_diag.probe_curvature(base, per="layer", **options).whole
+    _, own = lora_diag.probe_curvature(base, granularity="layer", **options).whole
     values, vectors = np.linalg.eigh(at_base.hessian())
     g, v = at_base.gradient(), vectors[:, ::-1][:, :6]
     c = v.T @ g
@@ -444,12 +450,12 @@ def test_every_layer_has_eigenvalues_of_its_own_block(case):
     options = {
         "layers": "query|key",
         "ranks": (4,),
-        "top": 1,
-        "probes": 2,
+        "eigenvalues": 1,
+        "trace_vectors": 2,
         "tokenizer": "bytes",
-        "per": "layer",
+        "granularity": "layer",
     }
-    result = lora_diag.probe_curvature(base, tuned, evaluate=[text], **options)
+    result = lora_diag.probe_curvature(base, tuned, eval=[text], **options)
     joint, *layers = (record for record in result.whole if record.record == "curvature")
     assert {record.layer for record in layers} == {
         LAYERS["query"],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lora_diag
-from lora_diag.probes.fisher.measure import Tail
+from lora_diag.probes.fisher.measure import FisherTail
 from tests.messages import assert_names
 from tests.probes.making import (
     bert,
@@ -134,7 +134,7 @@ def test_effects_equal_truncated_model(models, tmp_path):
     layers = r"h\.1\.(attn\.c_attn|mlp\.c_fc)"
     options = {
         "data": text,
-        "evaluate": [held_out],
+        "eval": [held_out],
         "ranks": (1, 3, 16),
         "layers": layers,
         "batch": 2,
@@ -171,7 +171,7 @@ def test_effects_equal_truncated_model(models, tmp_path):
             assert result.loss == pytest.approx(
                 -float(changed.gather(-1, targets).sum()) / 93, abs=1e-5
             )
-    alone = lora_diag.probe_fisher(base, tuned, **{**options, "evaluate": []})
+    alone = lora_diag.probe_fisher(base, tuned, **{**options, "eval": []})
     assert [record.fisher for record in alone.whole] == [record.fisher for record in results.whole]
 
 
@@ -212,7 +212,7 @@ def test_layers_of_second_pass_get_same_labels(models, monkeypatch):
 
 def test_reused_layer_gradients_sum_before_square():
     eye = torch.eye(2, dtype=torch.float64)
-    tail = Tail(
+    tail = FisherTail(
         torch.nn.Linear(2, 2), torch.tensor([2.0, 1.0], dtype=torch.float64), eye, eye, 5**0.5
     )
     x, g = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, -1.0]]])

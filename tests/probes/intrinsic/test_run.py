@@ -145,10 +145,10 @@ def trained(base, train, held, steps, batch, lr, dim=None, seed=0):
 
 OPTIONS = {
     "dims": (5, 40),
-    "paces": (3e-3, 1e-2),
-    "full_rates": (3e-3,),
+    "lr": (3e-3, 1e-2),
+    "full_lr": (3e-3,),
     "ranks": (1,),
-    "lora_rates": (1e-2,),
+    "lora_lr": (1e-2,),
 }
 OPTIONS["widen"] = 0
 
@@ -156,7 +156,7 @@ OPTIONS["widen"] = 0
 def test_runs_equal_plain_loop(base, texts):
     train, held = texts
     records = lora_diag.probe_intrinsic(
-        base, data=train, evaluate=[held], steps=5, batch=3, **OPTIONS
+        base, data=train, eval=[held], steps=5, batch=3, **OPTIONS
     ).whole
     model = opened(base)
     total = sum(each.numel() for each in model.parameters())
@@ -240,13 +240,13 @@ def test_more_dimensions_gain_more_where_optimum_is_in_reach(tmp_path):
     result = lora_diag.probe_intrinsic(
         base,
         data=lettered(tmp_path, "train", 9),
-        evaluate=[lettered(tmp_path, "held", 9, 1)],
+        eval=[lettered(tmp_path, "held", 9, 1)],
         dims=(1, 8, 600),
         ranks=(),
-        paces=(1e-2,),
-        full_rates=(1e-2,),
+        lr=(1e-2,),
+        full_lr=(1e-2,),
         steps=12,
-        seeds=2,
+        repeats=2,
         tokenizer="bytes",
     )
     shares = [

@@ -75,7 +75,7 @@ def test_probe_equals_independent_computation(case, monkeypatch, memory):
     base, tuned, adapter, reference, text = case
     monkeypatch.setattr(measuring, "OUTPUT_BYTES", memory)  # all at once, or batch by batch
     result = lora_diag.probe_outputs(
-        base, tuned, [adapter], reference=reference, evaluate=[text], length=64, batch=2
+        base, tuned, [adapter], reference=reference, eval=[text], length=64, batch=2
     )
     windows = ids_of(text, 64)
     models = {
@@ -138,9 +138,7 @@ def hidden_distances(models, windows):
 
 def test_hidden_states_are_compared_depth_by_depth(case):
     base, tuned, adapter, _, text = case
-    result = lora_diag.probe_outputs(
-        base, tuned, [adapter], evaluate=[text], length=64, batch=2
-    ).whole
+    result = lora_diag.probe_outputs(base, tuned, [adapter], eval=[text], length=64, batch=2).whole
     models = opened(base), opened(tuned), opened(base, adapter)
     expected = hidden_distances(models, ids_of(text, 64))
     assert len(result[2].hidden) == 5  # embeddings and four blocks
@@ -157,7 +155,7 @@ def test_unchanged_depth_has_no_distance(small):
         {name: torch.from_numpy(value).float() for name, value in weights.items()},
         tuned / "model.safetensors",
     )
-    result = lora_diag.probe_outputs(base, tuned, [other], evaluate=[text]).whole
+    result = lora_diag.probe_outputs(base, tuned, [other], eval=[text]).whole
     assert result[2].hidden[:2] == (None, None)
     assert result[2].hidden[2] > 0
 
@@ -173,7 +171,7 @@ def test_hidden_states_exclude_padding(tmp_path):
     ids = [torch.tensor(list(text.encode())) for text in texts]
     expected = hidden_distances([opened(folder) for folder in (base, tuned, other)], ids)
     result = lora_diag.probe_outputs(
-        base, tuned, [other], evaluate=[file], tokenizer="bytes", batch=4
+        base, tuned, [other], eval=[file], tokenizer="bytes", batch=4
     ).whole
     np.testing.assert_allclose(result[2].hidden, expected, rtol=1e-4)
 
@@ -182,7 +180,7 @@ def test_sample_adapter_losses_match_readme():
     message = json.loads((SAMPLES / "losses.json").read_text())["losses"]
     names, evaluate = ("base", "full_ft", "lora_r4", "lora_r16"), [SAMPLES / "eval" / "shifted.txt"]
     base, tuned, *adapters = (SAMPLES / name for name in names)
-    result = lora_diag.probe_outputs(base, tuned, adapters, evaluate=evaluate)
+    result = lora_diag.probe_outputs(base, tuned, adapters, eval=evaluate)
     for record, name in zip(result.whole, names, strict=True):
         assert record.loss == pytest.approx(message[name]["shifted"], abs=1e-4)
 
@@ -208,7 +206,7 @@ def test_results_are_independent_of_adapter_order(tmp_path):
     def losses(*order):
         return {
             r.name: (r.loss, r.kl)
-            for r in lora_diag.probe_outputs(base, tuned, order, evaluate=[text]).whole
+            for r in lora_diag.probe_outputs(base, tuned, order, eval=[text]).whole
         }
 
     assert losses(one, two) == losses(two, one)
@@ -216,8 +214,8 @@ def test_results_are_independent_of_adapter_order(tmp_path):
 
 def test_full_fine_tune_alone_is_compared_with_base(small):
     base, tuned, other, text = small
-    alone = lora_diag.probe_outputs(base, tuned, evaluate=[text]).whole
-    both = lora_diag.probe_outputs(base, tuned, [other], evaluate=[text]).whole
+    alone = lora_diag.probe_outputs(base, tuned, eval=[text]).whole
+    both = lora_diag.probe_outputs(base, tuned, [other], eval=[text]).whole
     assert [(record.subject, record.loss, record.change) for record in alone] == [
         (record.subject, record.loss, record.change)
         for record in both
@@ -229,7 +227,7 @@ def test_run_begun_with_other_sequences_is_not_resumed(small, tmp_path):
     """Earlier versions used the first N sequences for --max-sequences N; the text is the same."""
     base, tuned, other, text = small
     output = tmp_path / "cut.jsonl"
-    options = {"evaluate": [text], "output": output, "max_sequences": 2}
+    options = {"eval": [text], "output": output, "max_sequences": 2}
     lora_diag.probe_outputs(base, tuned, [other], **options)
     first, *records = output.read_text().splitlines(keepends=True)
     earlier = json.loads(first)
@@ -275,7 +273,7 @@ def test_adapters_of_a_run_are_compared_as_equals(tmp_path, loradiag):
         SAMPLES / "base",
         SAMPLES / "full_ft",
         [tmp_path / name for name in names],
-        evaluate=[text],
+        eval=[text],
         length=64,
     ).whole
     losses = {
@@ -330,5 +328,5 @@ def test_estimate_of_time_includes_comparison_of_logits(small, monkeypatch):
     )
     monkeypatch.setattr(measuring, "measure_outputs", begin)
     with pytest.raises(BegunError):
-        lora_diag.probe_outputs(*small[:2], evaluate=[small[3]], length=16, batch=2)
+        lora_diag.probe_outputs(*small[:2], eval=[small[3]], length=16, batch=2)
     assert len(compared) == 2 * 2  # with BASE and with TUNED, for each sequence of a batch

@@ -54,17 +54,17 @@ def options_of(case):
     """The options of ``measured``."""
     options = {
         "data": case[1],
-        "evaluate": [case[2]],
+        "eval": [case[2]],
         "shifted": [case[3]],
         "rank": 2,
         "delta": 1,
-        "rates": RATES,
+        "lr": RATES,
     }
     more = {
         "widen": 0,
         "steps": STEPS,
         "batch": 2,
-        "seeds": 2,
+        "repeats": 2,
         "seed": SEED,
         "layers": r"h\.1\.(attn|mlp)\.c_proj",
     }
@@ -138,12 +138,12 @@ def test_first_order_scores_equal_float64_gradient(case, tmp_path):
     result = lora_diag.probe_sensitivity(
         base,
         data=train,
-        evaluate=[held],
+        eval=[held],
         rank=3,
-        rates=(1e-2,),
+        lr=(1e-2,),
         steps=4,
         batch=2,
-        per="block",
+        granularity="block",
         seed=SEED,
     )
     scores = {record.layer: record for record in result.whole if isinstance(record, FirstOrder)}
@@ -191,15 +191,15 @@ def test_gradients_leave_base_frozen_and_are_finite_or_error(case):
 def test_diverged_run_is_kept_without_loss_and_base_restored(case, monkeypatch):
     base, train, held, _ = case
     diverge_at(monkeypatch, 0.5)
-    options = {"data": train, "evaluate": [held], "widen": 0, "steps": 3, "layers": r"h\.0\.attn"}
-    result = lora_diag.probe_sensitivity(base, rates=(0.5, 1e-2), **options)
+    options = {"data": train, "eval": [held], "widen": 0, "steps": 3, "layers": r"h\.0\.attn"}
+    result = lora_diag.probe_sensitivity(base, lr=(0.5, 1e-2), **options)
     lost = [record for record in runs_of(result) if record.unit and record.loss is None]
     assert {(r.lr, r.gain, r.nll) for r in lost} == {(0.5, None, ())}
     assert_names(table(result, 80), "2 losses")
-    alone = lora_diag.probe_sensitivity(base, rates=(1e-2,), **options)
+    alone = lora_diag.probe_sensitivity(base, lr=(1e-2,), **options)
     fine = {record.unit: record.loss for record in runs_of(result) if record.lr == 1e-2}
     assert fine == {record.unit: record.loss for record in runs_of(alone) if record.unit}
-    nothing = lora_diag.probe_sensitivity(base, rates=(0.5,), **options)
+    nothing = lora_diag.probe_sensitivity(base, lr=(0.5,), **options)
     assert "no run is finished" in table(nothing, 80)
 
 
@@ -208,8 +208,8 @@ def test_classifier_head_is_not_adapted(tmp_path):
     result = lora_diag.probe_sensitivity(
         base,
         data=lettered(tmp_path, "train", 6),
-        evaluate=[lettered(tmp_path, "held", 6, 1)],
-        rates=(1e-2,),
+        eval=[lettered(tmp_path, "held", 6, 1)],
+        lr=(1e-2,),
         steps=8,
         exclude="attention",
     )
@@ -227,9 +227,9 @@ def test_reduced_run_divides_block_with_largest_gain(tmp_path, monkeypatch):
     monkeypatch.setattr(probing, "CPU_WORK", 1)
     base = gpt2(tmp_path / "base")
     train, held = some_text(tmp_path, "train", windows=9), some_text(tmp_path, windows=20)
-    options = {"data": train, "evaluate": [held], "rank": 2, "batch": 4, "seed": SEED}
+    options = {"data": train, "eval": [held], "rank": 2, "batch": 4, "seed": SEED}
     found = lora_diag.probe_sensitivity(base, **options, output=tmp_path / "s.jsonl")
-    smaller = {"per": "block", "steps": 3, "rates": (1e-2,), "widen": 0, "max_sequences": 8}
+    smaller = {"granularity": "block", "steps": 3, "lr": (1e-2,), "widen": 0, "max_sequences": 8}
     explicit = runs_of(lora_diag.probe_sensitivity(base, **options, **smaller))
     runs = {record.unit: record for record in runs_of(found)}
     assert [*runs.values()][: len(explicit)] == explicit

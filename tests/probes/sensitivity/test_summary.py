@@ -12,12 +12,12 @@ from tests import building
 from tests.messages import assert_names
 
 SETTINGS = {
-    "per": "layer",
+    "granularity": "layer",
     "rank": 2,
     "delta": None,
-    "rates": [0.1],
+    "lr": [0.1],
     "steps": 1,
-    "seeds": 1,
+    "repeats": 1,
     "seed": 0,
     "batch": 1,
 }

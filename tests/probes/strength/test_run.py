@@ -81,7 +81,7 @@ def part_of(name):
 
 def test_losses_equal_independent_computation(case):
     base, tuned, text = case
-    found = lora_diag.probe_strength(base, tuned, evaluate=[text], scales=(0.3, 1.4, -0.5))
+    found = lora_diag.probe_strength(base, tuned, eval=[text], scales=(0.3, 1.4, -0.5))
     before, after = tensors(base), tensors(tuned)
     losses = {
         t: window_losses(
@@ -106,10 +106,8 @@ def test_losses_equal_independent_computation(case):
 def test_ends_equal_those_of_probe_outputs(case, adapter):
     base, tuned, text = case
     for update in (tuned, adapter):
-        ours = lora_diag.probe_strength(base, update, evaluate=[text], scales=(0.5,)).whole_of(
-            Strength
-        )
-        theirs = lora_diag.probe_outputs(base, None, [update], evaluate=[text]).whole
+        ours = lora_diag.probe_strength(base, update, eval=[text], scales=(0.5,)).whole_of(Strength)
+        theirs = lora_diag.probe_outputs(base, None, [update], eval=[text]).whole
         for t, record in zip((0.0, 1.0), theirs, strict=True):
             (own,) = [each for each in ours if each.scale == t]
             assert own.loss == pytest.approx(record.loss, abs=1e-6)
@@ -134,7 +132,7 @@ def test_optimum_of_linear_classifier_has_its_closed_form(tmp_path):
     )
     labels = np.random.default_rng(0).permutation([0, 1, 0, 2, 0] * 20).tolist()
     text = labelled(tmp_path / "held.jsonl", ["abc"] * len(labels), labels)
-    found = lora_diag.probe_strength(base, tmp_path / "tuned", evaluate=[text], batch=50)
+    found = lora_diag.probe_strength(base, tmp_path / "tuned", eval=[text], batch=50)
     for record in found.whole_of(Strength):
         exact = math.log(math.exp(record.scale * slope) + 2) - share * record.scale * slope
         assert record.loss == pytest.approx(exact, abs=1e-6)
@@ -150,7 +148,7 @@ def test_optimum_of_linear_classifier_has_its_closed_form(tmp_path):
 @pytest.mark.parametrize("by", ["block", "type"])
 def test_parts_are_restored_alone(case, by):
     base, tuned, text = case
-    found = lora_diag.probe_strength(base, tuned, evaluate=[text], by=by, scales=(0, 0.5))
+    found = lora_diag.probe_strength(base, tuned, eval=[text], by=by, scales=(0, 0.5))
     before, after = tensors(base), tensors(tuned)
     alone = [record for record in found.whole_of(Strength) if record.part is not None]
     if by == "block":
@@ -174,7 +172,7 @@ def test_effects_of_parts_add_up_where_loss_is_linear(case, tmp_path):
     base, _, text = case
     small = moved(base, tmp_path / "small", size=2e-4)
     for by in ("block", "type"):
-        records = lora_diag.probe_strength(base, small, evaluate=[text], by=by).whole_of(Strength)
+        records = lora_diag.probe_strength(base, small, eval=[text], by=by).whole_of(Strength)
         whole = next(record.gap for record in records if record.part is None and record.scale == 0)
         assert abs(whole) > 1e-5
         assert sum(record.gap for record in records if record.part is not None) == pytest.approx(
@@ -188,7 +186,7 @@ def test_adapter_of_doubled_alpha_is_best_near_half(tmp_path):
     values = json.loads(config.read_text())
     config.write_text(json.dumps(values | {"lora_alpha": 2 * values["lora_alpha"]}))
     text = some_text(tmp_path, windows=30, length=64)
-    options = {"evaluate": [text], "length": 64}
+    options = {"eval": [text], "length": 64}
     found = lora_diag.probe_strength(SAMPLES / "base", tmp_path / "doubled", **options)
     plain = lora_diag.probe_strength(SAMPLES / "base", SAMPLES / "lora_r4", scales=(1,), **options)
     (choice,) = found.whole_of(StrengthChoice)
@@ -386,9 +384,7 @@ REFUSED = [
 def test_invalid_options_are_refused_before_any_work(case, adapter, tmp_path, options, facts):
     base, _, text = case
     with raises_naming(UsageError, *facts):
-        lora_diag.probe_strength(
-            base, adapter, evaluate=[text], output=tmp_path / "r.jsonl", **options
-        )
+        lora_diag.probe_strength(base, adapter, eval=[text], output=tmp_path / "r.jsonl", **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -399,13 +395,13 @@ def test_update_that_is_not_finite_is_named_and_cut_run_resumes(case, adapter, t
     weights[min(weights)][0] = math.nan
     save_file(weights, spoiled / "adapter_model.safetensors")
     with pytest.raises(InputError, match="holds nan"):
-        lora_diag.probe_strength(base, spoiled, evaluate=[text])
+        lora_diag.probe_strength(base, spoiled, eval=[text])
 
     def stop(record):
         if record.record == "strength" and record.scale == 0.5:
             raise KeyboardInterrupt
 
-    options = {"evaluate": [text], "scales": (0.25, 0.5, 1.5)}
+    options = {"eval": [text], "scales": (0.25, 0.5, 1.5)}
     cut = tmp_path / "cut.jsonl"
     with pytest.raises(KeyboardInterrupt):
         lora_diag.probe_strength(base, adapter, output=cut, on_record=stop, **options)

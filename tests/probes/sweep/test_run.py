@@ -33,10 +33,10 @@ def test_sweep_runs_equal_plain_training_loop(case):
     base, train, held, shifted = case
     options = {
         "data": train,
-        "evaluate": [held],
+        "eval": [held],
         "shifted": [shifted],
         "ranks": (1, 3),
-        "rates": (1e-3, 3e-2),
+        "lr": (1e-3, 3e-2),
     }
     result = lora_diag.probe_sweep(base, widen=1, steps=6, batch=2, seed=5, **options)
     by_cell = {(r.rank, r.lr, r.seed, r.set): r.loss for r in result.whole}
@@ -62,13 +62,13 @@ def test_finished_sweep_accepts_seeds_ranks_and_rates(case, tmp_path):
     base, train, held, _ = case
     options = {
         "data": train,
-        "evaluate": [held],
+        "eval": [held],
         "steps": 3,
         "widen": 1,
         "output": tmp_path / "s.jsonl",
     }
-    first = lora_diag.probe_sweep(base, ranks=(1,), rates=(1e-2, 3e-2), seeds=1, **options)
-    labels, more = [], {"ranks": (2,), "rates": (3e-3,), "seeds": 2, "resume": True}
+    first = lora_diag.probe_sweep(base, ranks=(1,), lr=(1e-2, 3e-2), repeats=1, **options)
+    labels, more = [], {"ranks": (2,), "lr": (3e-3,), "repeats": 2, "resume": True}
 
     def stop(event):
         if event.label.startswith("r=2 lr=0.01"):
@@ -80,7 +80,7 @@ def test_finished_sweep_accepts_seeds_ranks_and_rates(case, tmp_path):
     grown = lora_diag.probe_sweep(
         base, on_progress=lambda event: labels.append(event.label), **more, **options
     )
-    wanted = {"ranks": [1, 2], "rates": [3e-3, 1e-2, 3e-2], "seeds": 2}
+    wanted = {"ranks": [1, 2], "lr": [3e-3, 1e-2, 3e-2], "repeats": 2}
     assert {key: grown.run.settings[key] for key in wanted} == wanted
     assert grown.whole[: len(first.whole)] == first.whole
     assert read_results(tmp_path / "s.jsonl") == grown
@@ -88,7 +88,7 @@ def test_finished_sweep_accepts_seeds_ranks_and_rates(case, tmp_path):
     rates = best_rates(grown.whole, "held_out", 0)
     ran = {(r.rank, r.lr, r.seed) for r in grown.whole if r.subject == "lora"}
     assert {(rank, lr, seed) for rank, lr in rates.items() for seed in (0, 1)} <= ran
-    assert {(rank, lr, 0) for rank in (1, 2) for lr in wanted["rates"]} <= ran
+    assert {(rank, lr, 0) for rank in (1, 2) for lr in wanted["lr"]} <= ran
     assert len(ran) == len([r for r in grown.whole if r.subject == "lora"])
     at_once = lora_diag.probe_sweep(base, **{**options, **wanted, "output": None})
     key = {(r.rank, r.lr, r.seed): r.loss for r in grown.whole}
@@ -98,7 +98,7 @@ def test_finished_sweep_accepts_seeds_ranks_and_rates(case, tmp_path):
     repeated = lora_diag.probe_sweep(
         base,
         ranks=(1,),
-        rates=(1e-2,),
+        lr=(1e-2,),
         resume=True,
         on_progress=lambda event: labels.append(event.label),
         **options,
@@ -112,14 +112,14 @@ def test_finished_sweep_accepts_full_and_further_rates(case, tmp_path):
     base, train, held, _ = case
     options = {
         "data": train,
-        "evaluate": [held],
+        "eval": [held],
         "ranks": (1,),
-        "rates": (1e-2,),
+        "lr": (1e-2,),
         "steps": 2,
-        "seeds": 1,
+        "repeats": 1,
     }
     first = lora_diag.probe_sweep(base, widen=0, output=tmp_path / "s.jsonl", **options)
-    more = {"widen": 1, "full": True, "full_rates": (1e-3,)}
+    more = {"widen": 1, "full": True, "full_lr": (1e-3,)}
     grown = lora_diag.probe_sweep(base, resume=True, output=tmp_path / "s.jsonl", **options, **more)
     at_once = lora_diag.probe_sweep(base, **options, **more)
     assert grown.whole[: len(first.whole)] == first.whole
@@ -133,8 +133,8 @@ def test_finished_sweep_accepts_full_and_further_rates(case, tmp_path):
 def test_diverged_run_is_reported_and_others_continue(case, monkeypatch):
     base, train, held, _ = case
     diverge_at(monkeypatch, 0.5)
-    options = {"ranks": (1, 2), "rates": (1e-2, 0.5), "widen": 0, "steps": 3}
-    result = lora_diag.probe_sweep(base, data=train, evaluate=[held], **options)
+    options = {"ranks": (1, 2), "lr": (1e-2, 0.5), "widen": 0, "steps": 3}
+    result = lora_diag.probe_sweep(base, data=train, eval=[held], **options)
     assert {r.lr for r in result.whole if r.subject == "lora" and r.loss is None} == {0.5}
     assert {r.lr for r in result.whole if r.seed == 1} == {1e-2}
     shown = table(result, 80)
@@ -147,14 +147,14 @@ def test_classifier_can_be_swept(tmp_path):
     result = lora_diag.probe_sweep(
         base,
         data=lettered(tmp_path, "train", 6),
-        evaluate=[lettered(tmp_path, "held", 6, 1)],
+        eval=[lettered(tmp_path, "held", 6, 1)],
         ranks=(1, 2),
-        rates=(1e-2,),
+        lr=(1e-2,),
         steps=20,
-        targets=("query", "value"),
+        target_modules=("query", "value"),
     )
     assert all(r.loss < result.whole[0].loss for r in result.whole[1:])
-    assert result.run.settings["targets"] == ["query", "value"]
+    assert result.run.settings["target_modules"] == ["query", "value"]
 
 
 def state_of(model):
@@ -171,11 +171,11 @@ def test_reference_lines_equal_plain_loop_and_restore_base(case, monkeypatch):
     result = lora_diag.probe_sweep(
         base,
         data=train,
-        evaluate=[held],
+        eval=[held],
         ranks=(2,),
-        rates=(1e-2,),
+        lr=(1e-2,),
         full=True,
-        full_rates=(1e-3, 1e-2),
+        full_lr=(1e-3, 1e-2),
         widen=0,
         bitfit=True,
         quantized="int8",
@@ -259,12 +259,12 @@ def test_lora_variants_equal_peft(case, options, of_peft):
     result = lora_diag.probe_sweep(
         base,
         data=train,
-        evaluate=[held],
+        eval=[held],
         ranks=(2,),
-        rates=(1e-2,),
+        lr=(1e-2,),
         steps=4,
         batch=2,
-        seeds=1,
+        repeats=1,
         **options,
     )
 
@@ -290,16 +290,16 @@ def test_gradient_checkpointing_runs_blocks_twice_per_step(case, tmp_path, monke
     base, train, held, _ = case
     options = {
         "data": train,
-        "evaluate": [held],
+        "eval": [held],
         "ranks": (2,),
-        "rates": (1e-2,),
+        "lr": (1e-2,),
         "full": True,
-        "full_rates": (1e-3,),
+        "full_lr": (1e-3,),
     }
     options |= {
         "steps": 3,
         "batch": 2,
-        "seeds": 1,
+        "repeats": 1,
         "widen": 0,
         "output": tmp_path / "s.jsonl",
         "overwrite": True,
@@ -352,13 +352,13 @@ def test_resume_requires_same_trained_parameters(case, tmp_path):
     base, train, held, _ = case
     options = {
         "data": train,
-        "evaluate": [held],
+        "eval": [held],
         "ranks": (1,),
-        "rates": (1e-2,),
+        "lr": (1e-2,),
         "steps": 2,
         "full": True,
     }
-    options |= {"full_rates": (1e-3,), "output": tmp_path / "s.jsonl"}
+    options |= {"full_lr": (1e-3,), "output": tmp_path / "s.jsonl"}
 
     def stop(event):
         if event.label.startswith("full"):

@@ -67,7 +67,7 @@ def test_losses_equal_independent_computation(pair, tmp_path, rest):
     base, tuned, length = pair
     text = some_text(tmp_path, length=length)
     result = lora_diag.probe_truncation(
-        base, tuned, evaluate=[text], ranks=(0, 3, 11), rest=rest, length=length, batch=2
+        base, tuned, eval=[text], ranks=(0, 3, 11), untruncated=rest, length=length, batch=2
     )
     before, after = tensors(base), tensors(tuned)
     ends = {
@@ -98,7 +98,7 @@ def test_losses_equal_independent_computation(pair, tmp_path, rest):
 
 def test_lengthened_update_is_measured_with_truncated_one(case):
     base, tuned, text = case
-    found = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(0, 2), match_norm=True)
+    found = lora_diag.probe_truncation(base, tuned, eval=[text], ranks=(0, 2), match_norm=True)
     before, after = tensors(base), tensors(tuned)
     weights = {}
     for name, value in weights_at(before, after, 2, "tuned").items():
@@ -112,7 +112,7 @@ def test_lengthened_update_is_measured_with_truncated_one(case):
     assert by_length[True].loss == pytest.approx(
         window_losses(base, weights, text, 32).mean(), abs=1e-4
     )
-    plain = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(0, 2)).whole
+    plain = lora_diag.probe_truncation(base, tuned, eval=[text], ranks=(0, 2)).whole
     assert [(r.rank, r.loss) for r in found.whole if not r.match_norm] == [
         (r.rank, r.loss) for r in plain
     ]
@@ -126,7 +126,7 @@ def test_lengthened_update_is_measured_with_truncated_one(case):
 def test_sensitivity_by_layer_or_type(case, per):
     base, tuned, text = case
     result = lora_diag.probe_truncation(
-        base, tuned, evaluate=[text], ranks=(2,), per=per, layers="attn"
+        base, tuned, eval=[text], ranks=(2,), granularity=per, layers="attn"
     )
     before, after = tensors(base), tensors(tuned)
     alone = [record for record in result.whole if record.subject == "truncated"]
@@ -142,7 +142,7 @@ def test_sensitivity_by_layer_or_type(case, per):
 def test_adapter_truncated_at_own_rank_is_complete(tmp_path):
     text = some_text(tmp_path, windows=2, length=64)
     result = lora_diag.probe_truncation(
-        SAMPLES / "base", SAMPLES / "lora_r4", evaluate=[text], ranks=(1, 4), length=64
+        SAMPLES / "base", SAMPLES / "lora_r4", eval=[text], ranks=(1, 4), length=64
     )
     by_rank = {record.rank: record for record in result.whole}
     assert by_rank[4].gap == pytest.approx(0, abs=1e-5)
@@ -155,7 +155,7 @@ def test_classifier_is_measured_on_labels_by_name_or_index(tmp_path):
     tuned = moved(base, tmp_path / "tuned")
     lines = [("hello", 0), ("buy now", "spam"), ("x" * 80, 2)]
     file = labelled(tmp_path / "mail.jsonl", *zip(*lines, strict=True))
-    result = lora_diag.probe_truncation(base, tuned, evaluate=[file], ranks=(1,))
+    result = lora_diag.probe_truncation(base, tuned, eval=[file], ranks=(1,))
     for record, folder in zip(result.whole, (base, tuned), strict=False):
         model = opened(folder)
         losses = [
@@ -178,7 +178,7 @@ def test_only_completion_is_predicted(case, tmp_path):
         + "\n\n"
         + json.dumps({"text": "ab"})
     )
-    result = lora_diag.probe_truncation(base, tuned, evaluate=[file], ranks=(1,))
+    result = lora_diag.probe_truncation(base, tuned, eval=[file], ranks=(1,))
     model = opened(base)
     ids = torch.tensor([list(b"one two three")])
     labels = ids.clone()
@@ -215,7 +215,7 @@ def test_lines_without_text_are_named(tmp_path, content, message):
     file = tmp_path / "bad.jsonl"
     file.write_text(content)
     with pytest.raises(InputError, match=rf"bad\.jsonl: {message}"):
-        lora_diag.probe_truncation(base, base, evaluate=[file])
+        lora_diag.probe_truncation(base, base, eval=[file])
 
 
 def test_model_without_head_is_refused(tmp_path):
@@ -226,7 +226,7 @@ def test_model_without_head_is_refused(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text('{"text": "a", "label": 0}\n')
     with raises_naming(InputError, "classifier.weight"):
-        lora_diag.probe_truncation(base, base, evaluate=[file])
+        lora_diag.probe_truncation(base, base, eval=[file])
 
 
 @pytest.mark.parametrize(
@@ -249,10 +249,10 @@ def test_unsupported_models_are_named(tmp_path, config, message):
     file = base / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     with pytest.raises(InputError, match=message):
-        lora_diag.probe_truncation(base, base, evaluate=[some_text(tmp_path)])
+        lora_diag.probe_truncation(base, base, eval=[some_text(tmp_path)])
 
 
 def test_adapter_in_place_of_model_is_reported(tmp_path):
     adapter = SAMPLES / "lora_r4"
     with raises_naming(UsageError, "lora_r4", "adapter"):
-        lora_diag.probe_sweep(adapter, data=some_text(tmp_path), evaluate=[some_text(tmp_path)])
+        lora_diag.probe_sweep(adapter, data=some_text(tmp_path), eval=[some_text(tmp_path)])

@@ -18,7 +18,7 @@ def test_only_parts_whose_truncation_costs_loss_are_named(gap, is_named):
                 (),
                 command="probe truncation",
                 whole=records,
-                rest="tuned",
+                untruncated="tuned",
                 length=9,
                 dtype="float32",
                 device="cpu",

@@ -9,7 +9,7 @@ import torch
 
 import lora_diag
 from lora_diag.errors import InputError
-from lora_diag.running.engines import Layout, run_local
+from lora_diag.running.engines import MachineLayout, run_local
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import LayerOptions
 
@@ -19,7 +19,7 @@ def test_records_come_in_order_of_tasks():
         time.sleep(0.05 if task == 0 else 0)
         return task * 10
 
-    result = list(run_local(slow_first, range(20), Layout(4, 100), lambda task: 1))
+    result = list(run_local(slow_first, range(20), MachineLayout(4, 100), lambda task: 1))
     assert result == [task * 10 for task in range(20)]
 
 
@@ -41,13 +41,13 @@ def test_large_tasks_run_alone_and_small_ones_side_by_side(workers, size, at_onc
             running -= 1
         return torch.get_num_threads()
 
-    list(run_local(measure, range(12), Layout(4, 100, workers), lambda task: size))
+    list(run_local(measure, range(12), MachineLayout(4, 100, workers), lambda task: size))
     assert most == at_once
 
 
 def test_threads_of_task_depend_on_its_size_alone():
     """And those of the caller are restored."""
-    layout, before = Layout(2, 100), torch.get_num_threads()
+    layout, before = MachineLayout(2, 100), torch.get_num_threads()
     result = list(
         run_local(lambda task: torch.get_num_threads(), [1, 90, 1, 90], layout, lambda task: task)
     )
@@ -67,7 +67,7 @@ def test_first_error_cancels_later_tasks():
 
     result = []
     with pytest.raises(InputError, match="three"):
-        result.extend(run_local(measure, range(1000), Layout(2, 100), lambda task: 1))
+        result.extend(run_local(measure, range(1000), MachineLayout(2, 100), lambda task: 1))
     assert len(started) < 1000
 
 

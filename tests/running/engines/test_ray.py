@@ -153,7 +153,7 @@ def test_recover_writes_same_checkpoint_and_adapter(cluster, tmp_path):
         )
     for name, on in (("local", None), ("cluster", Ray())):
         (tmp_path / name).mkdir()
-        for kind, ways in (("full", {"full": True}), ("budget", {"params": 400})):
+        for kind, ways in (("full", {"checkpoint": True}), ("budget", {"params": 400})):
             lora_diag.recover(
                 tmp_path / "base", tmp_path / "tuned", tmp_path / name / kind, engine=on, **ways
             )
@@ -209,14 +209,14 @@ def tiny(tmp_path):
     """
     texts = {
         "data": some_text(tmp_path, "train", windows=7),
-        "evaluate": [some_text(tmp_path, windows=2, source="shifted")],
+        "eval": [some_text(tmp_path, windows=2, source="shifted")],
     }
-    return gpt2(tmp_path / "base"), {**texts, "steps": 2, "batch": 2, "seeds": 2, "device": "cpu"}
+    return gpt2(tmp_path / "base"), {**texts, "steps": 2, "batch": 2, "repeats": 2, "device": "cpu"}
 
 
 def test_sweep_whose_worker_dies_resumes_to_same_bytes(cluster, tiny, tmp_path, monkeypatch):
     base, options = tiny
-    options |= {"ranks": (1, 2), "rates": (1e-2,), "widen": 0, "quantized": "nf4"}
+    options |= {"ranks": (1, 2), "lr": (1e-2,), "widen": 0, "quantized": "nf4"}
     lora_diag.probe_sweep(base, output=tmp_path / "local", **options)
     whole, there, progress = (tmp_path / "local").read_bytes(), tmp_path / "cluster", []
     label = "r=2 lr=0.01 seed 0"
@@ -247,7 +247,7 @@ def test_tune_time_limit_on_cluster_and_local_resume(cluster, tiny, tmp_path, mo
     machine.
     """
     base, options = tiny
-    options |= {"params": 1100, "ranks": (2,), "rates": (1e-2,), "widen": 0, "no_full": True}
+    options |= {"params": 1100, "ranks": (2,), "lr": (1e-2,), "widen": 0, "no_full": True}
     local = lora_diag.tune(base, tmp_path / "local", time="1h", **options)
     marker, original = tmp_path / "began", Tuner.left.fget
     monkeypatch.setattr(
@@ -593,6 +593,6 @@ def test_gpu_task_gets_share_of_cores():
         FakeRay({"CPU": 32.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}), 0.5
     )
     assert cluster.slots == 20
-    assert cluster.threads(engine.Layout(4, 100))(10**9) == 2
+    assert cluster.threads(engine.MachineLayout(4, 100))(10**9) == 2
     assert cluster.capacity(None).max_batches == 40
     assert cluster.capacity(3).max_batches == 3

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_diag.cli import output as out
 from lora_diag.cli.project import find_shared_options
+from lora_diag.errors import flag
 from lora_diag.feature import Command, Feature, Hint
 from lora_diag.running.options import EXECUTION
 
@@ -77,15 +78,15 @@ def _carry_options(command: str, words: list[str], given: Mapping[str, Any]) -> 
     except those that it has already.
     """
     carried = []
-    for flag, (name, option) in find_shared_options(command, words).items():
-        if flag in words or option.panel == EXECUTION or given.get(name) in (None, False, [], ()):
+    for name, option in find_shared_options(command, words).items():
+        value = given.get(name)
+        if flag(name) in words or option.panel == EXECUTION or value in (None, False, [], ()):
             continue
-        value = given[name]
         if value is True:
-            carried.append(flag)
+            carried.append(flag(name))
         elif isinstance(value, list | tuple) and "," in option.metavar:
-            carried += [flag, ",".join(map(str, value))]
+            carried += [flag(name), ",".join(map(str, value))]
         else:
             for each in value if isinstance(value, list | tuple) else [value]:
-                carried += [flag, str(each)]
+                carried += [flag(name), str(each)]
     return carried

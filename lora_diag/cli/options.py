@@ -21,7 +21,7 @@ import typer
 from lora_diag import catalog
 from lora_diag.cli import output as out
 from lora_diag.cli.hints import find_hint
-from lora_diag.errors import DONE, UNREADABLE, Given, UsageError
+from lora_diag.errors import DONE, UNREADABLE, Given, UsageError, flag
 from lora_diag.feature import Argument, Command, Feature
 from lora_diag.running.options import EXECUTION, INPUTS, OUTPUT, PER, Option, list_options
 
@@ -215,14 +215,14 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
     return run
 
 
-def _report_defaults(context: typer.Context, shown: Shown) -> None:
+def _report_defaults(context: typer.Context, shown: OutputChoice) -> None:
     """Print the values that a project file or earlier results gave, and which of them."""
     project = context.find_root().obj
     given = (
         project.defaults.get(context.command_path.removeprefix("loradiag "), {}) if project else {}
     )
     words = [
-        f"--{name.replace('_', '-')} {value}"
+        f"{flag(name)} {value}"
         for name, value in given.items()
         if getattr(context.get_parameter_source(name), "name", "") == "DEFAULT_MAP"
     ]

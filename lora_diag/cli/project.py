@@ -130,10 +130,10 @@ def follow_results(results: str, command: str, project: Project) -> Project:
     for each in run.inputs:
         texts.setdefault(each.role, []).append(each.path)
     taken = {}
-    for flag, (name, option) in find_shared_options(run.command, command.split()).items():
+    for name, option in find_shared_options(run.command, command.split()).items():
         if option.panel == EXECUTION:
             continue
-        value = texts.get(flag.removeprefix("--"), run.settings.get(name))
+        value = texts.get(name.rstrip("_"), run.settings.get(name))
         if isinstance(value, list) and "," in option.metavar:
             value = ",".join(map(str, value))
         if value not in (None, False, "", []):
@@ -208,19 +208,17 @@ def _locate(value: str, folder: Path) -> str:
     return os.path.relpath(local) + ending
 
 
-def find_shared_options(command: str, words: Sequence[str]) -> dict[str, tuple[str, Option]]:
+def find_shared_options(command: str, words: Sequence[str]) -> dict[str, Option]:
     """Return the options that a command shares with the one that the words begin with, in one
-    meaning: by flag, the name in the latter, and its declaration.
+    meaning, by name.
     """
     following = " ".join(words[:2])
     shared = {}
     for of_commands in _list_options().values():
-        name, _, option = (
-            of_commands.get(following) or of_commands.get(words[0]) or ("", None, None)
-        )
+        name, _, option = of_commands.get(following, of_commands.get(words[0], (None, None, None)))
         own = of_commands.get(command)
-        if option is not None and own is not None and _meaning(own[2]) == _meaning(option):
-            shared[option.flag(name)] = (name, option)
+        if name and option and own and _meaning(own[2]) == _meaning(option):
+            shared[name] = option
     return shared
 
 
@@ -271,8 +269,7 @@ def _list_options() -> dict[str, dict[str, tuple[str, Any, Option]]]:
             group = feature.load(group) if isinstance(group, str) else group
             for name, (kind, option) in list_options(group).items():
                 if option.cli and option.panel != OUTPUT and name not in OF_ONE_RUN:
-                    key = option.flag(name).removeprefix("--").replace("-", "_")
-                    options.setdefault(key, {})[command] = (name, kind, option)
+                    options.setdefault(name.rstrip("_"), {})[command] = (name, kind, option)
     return options
 
 

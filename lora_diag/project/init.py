@@ -16,7 +16,7 @@ from lora_diag.linting.values import Values
 from lora_diag.records import is_results_file
 
 if TYPE_CHECKING:
-    from lora_diag.cli.options import Shown
+    from lora_diag.cli.options import OutputChoice
 
 # Keys of a base model in the configurations of trainers and of PEFT.
 BASE_KEYS = ("base_model", "model_name_or_path", "base_model_name_or_path")
@@ -33,7 +33,7 @@ class Found(NamedTuple):
     source: str
 
 
-def run_init(shown: Shown, folder: str | None) -> int:
+def run_init(shown: OutputChoice, folder: str | None) -> int:
     """Write the project file of a folder and print it; return the exit code.
 
     Raises:

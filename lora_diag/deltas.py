@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_diag.checkpoints import Checkpoint, TensorInfo
@@ -301,12 +301,18 @@ class Unpaired:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """The compared matrices and vectors of two checkpoints or of an adapter, each as a ΔW, and the
-    unpaired tensors.
+    """The compared matrices and vectors of two checkpoints or of an adapter.
+
+    Args:
+        deltas: Each as a ΔW.
+        unpaired: The tensors that are not compared.
+        own_names: A PEFT adapter's names of the weights that it changes, by their names in BASE,
+            stacks aside; empty for checkpoints and other adapters.
     """
 
     deltas: tuple[Delta, ...]
     unpaired: tuple[Unpaired, ...]
+    own_names: Mapping[str, str] = field(default_factory=dict)
 
 
 def pair(

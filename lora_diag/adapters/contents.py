@@ -26,7 +26,6 @@ from lora_diag.adapters.writing_targets import (
     FUSED_MODELS,
     ROUTER,
     MemoryModel,
-    names_in_memory,
 )
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, has_tied_head, is_head, is_table, natural_order
@@ -311,7 +310,7 @@ def find_missing_targets(
         return None
     if any(config.values.get(key) for key in ("target_parameters", "layer_replication")):
         return None
-    in_memory = names_in_memory(adapter, base)
+    in_memory = pairing.own_names
     layers = (item.layer for item in (*pairing.deltas, *pairing.unpaired))
     adapted = {re.sub(r"\[\d+\]$", "", layer) for layer in layers} | {*in_memory}
     targets = find_targeted(

@@ -11,7 +11,7 @@ shape.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_diag.adapters.updates import Shape, flatten_shape
@@ -127,6 +127,18 @@ def match_names(
     return {
         name: locations for name, locations in found.items() if not isinstance(locations, str)
     }, missing
+
+
+def get_own_names(matched: Mapping[str, Sequence[Location]]) -> dict[str, str]:
+    """Return the requested names of whole tensors by their names in BASE, of what ``match_names``
+    found; stacks and their matrices are left out.
+    """
+    single = {name: found[0] for name, found in matched.items() if len(found) == 1}
+    return {
+        location.name: name
+        for name, location in single.items()
+        if not location.layer.startswith(f"{location.name}[")
+    }
 
 
 def drop_leading_wrappers(name: str) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lora_diag import deltas
 from lora_diag.adapters.gguf import reorder_rows
-from lora_diag.adapters.names import Location, match_names, shapes_agree
+from lora_diag.adapters.names import Location, get_own_names, match_names, shapes_agree
 from lora_diag.adapters.source import AdapterFiles
 from lora_diag.adapters.updates import (
     AdapterReading,
@@ -159,14 +159,15 @@ def place_updates(
     """
     selected = deltas.selector(layers, exclude)
     if base is None:
-        changes, unpaired, notes = _place_without_base(source, reading)
+        placed, notes = _place_without_base(source, reading)
     else:
-        changes, unpaired, notes = _place_on_base(source, reading, base)
-        missing = [item for item in unpaired if item.reason == "not_in_base"]
+        placed, notes = _place_on_base(source, reading, base)
+        missing = [item for item in placed.unpaired if item.reason == "not_in_base"]
         if missing and not allow_unmatched:
             raise _make_unmatched_error(source, base, missing)
     chosen = []
-    for delta in changes:
+    unpaired = list(placed.unpaired)
+    for delta in placed.deltas:
         if selected(delta.layer):
             chosen.append(delta)
         else:
@@ -174,7 +175,7 @@ def place_updates(
     if not chosen:
         raise _make_nothing_measured_error(source, unpaired)
     ordered = sorted(chosen, key=lambda delta: deltas.natural_order(delta.layer))
-    return Pairing(tuple(ordered), tuple(unpaired)), notes
+    return replace(placed, deltas=tuple(ordered), unpaired=tuple(unpaired)), notes
 
 
 def _make_unmatched_error(
@@ -206,15 +207,13 @@ def _make_nothing_measured_error(
     )
 
 
-def _place_without_base(
-    source: AdapterFiles, reading: AdapterReading
-) -> tuple[list[Delta], list[Unpaired], list[str]]:
-    """Return the ΔW of an adapter without a BASE, the skipped weights, and notes."""
+def _place_without_base(source: AdapterFiles, reading: AdapterReading) -> tuple[Pairing, list[str]]:
+    """Return the ΔW of an adapter without a BASE with the skipped weights, and notes."""
     changes: list[Delta] = []
     unpaired: list[Unpaired] = []
     for update in reading.updates:
         layer = update.layer
-        shape = tuple(size for size in update.shape if size is not None)
+        shape = _known_sizes(update.shape)
         if update.needs_weight or len(shape) < len(update.shape):
             kind = update.needs_weight or reading.kind.partition(",")[0]
             why = f"{kind} computes its ΔW from the base weight, so BASE is needed"
@@ -230,19 +229,24 @@ def _place_without_base(
     notes = []
     if any(update.heads for update in reading.updates):
         notes.append(LLAMA_ROWS)
-    return changes, unpaired, notes
+    return Pairing(tuple(changes), tuple(unpaired)), notes
 
 
 def _place_on_base(
     source: AdapterFiles, reading: AdapterReading, base: Checkpoint
-) -> tuple[list[Delta], list[Unpaired], list[str]]:
-    """Return the ΔW of an adapter relative to its BASE, the skipped weights and rows, and notes."""
+) -> tuple[Pairing, list[str]]:
+    """Return the ΔW of an adapter relative to its BASE with the skipped weights and rows, and
+    notes.
+    """
     copies, values = _sort_values(source, reading, base)
-    pieces, missing = _match_pieces(source, reading, base)
+    expected = dict(update.expected for update in reading.updates)
+    matched, missing = match_names(expected, base, transposed=True, parts=True)
+    pieces = _make_pieces(source, reading, base, matched)
+    optional = {update.expected[0] for update in reading.updates if update.optional}
     unpaired = []
-    for name, (shape, why) in missing.items():
-        known = tuple(size for size in shape if size is not None)
-        unpaired.append(Unpaired(name, known, "not_in_base", why))
+    for name, why in missing.items():
+        if name not in optional:
+            unpaired.append(Unpaired(name, _known_sizes(expected[name]), "not_in_base", why))
     pieces_by_layer: dict[str, list[Piece]] = {}
     for piece in pieces:
         pieces_by_layer.setdefault(piece.location.layer, []).append(piece)
@@ -264,7 +268,8 @@ def _place_on_base(
         "its update is reported under its own name, and a merge adds it to the one stored weight"
     )
     notes += [f"{layer} is tied to an embedding in BASE; {effect}" for layer in sorted(heads)]
-    return [*changes, *value_deltas], [*unpaired, *skipped], notes
+    own_names = get_own_names(matched) if source.peft_type else {}
+    return Pairing((*changes, *value_deltas), (*unpaired, *skipped), own_names), notes
 
 
 def _refuse_overlap(source: AdapterFiles, layer: str, pieces: list[Piece]) -> None:
@@ -283,16 +288,19 @@ def _refuse_overlap(source: AdapterFiles, layer: str, pieces: list[Piece]) -> No
             raise InputError(f"{source.path}: {problem}; give the matching part of the model")
 
 
-def _match_pieces(
-    source: AdapterFiles, reading: AdapterReading, base: Checkpoint
-) -> tuple[list[Piece], dict[str, tuple[Shape, str]]]:
-    """Return every update with its location and orientation in BASE, and the others with shape and
-    reason.
+def _known_sizes(shape: Shape) -> tuple[int, ...]:
+    """Return a shape without the sizes that only BASE determines."""
+    return tuple(size for size in shape if size is not None)
 
-    Optional updates without a weight are left out.
-    """
+
+def _make_pieces(
+    source: AdapterFiles,
+    reading: AdapterReading,
+    base: Checkpoint,
+    matched: Mapping[str, tuple[Location, ...]],
+) -> list[Piece]:
+    """Return every update that has a weight in BASE, with its location and orientation there."""
     expected = dict(update.expected for update in reading.updates)
-    matched, missing = match_names(expected, base, transposed=True, parts=True)
     shapes = {
         locations[0].name: expected[name]
         for name, locations in matched.items()
@@ -302,23 +310,16 @@ def _match_pieces(
     orientation = Orientation(base, shapes, flag)
     model_type = _read_model_type(base, source)
     pieces = []
-    optional = set()
     for update in reading.updates:
         update = reorder_rows(update, base)
-        name = update.expected[0]
-        if update.optional:
-            optional.add(name)
         index = 0 if update.expert is None else update.expert[0]
-        for location in matched.get(name, ()):
+        for location in matched.get(update.expected[0], ()):
             if location.index == index:
                 in_out = _is_in_out(update, location, orientation, model_type)
                 if update.keeps_name:
                     location = replace(location, layer=update.weight)
                 pieces.append(_make_piece(update, location, base, in_out))
-    unmatched = {
-        name: (expected[name], why) for name, why in missing.items() if name not in optional
-    }
-    return pieces, unmatched
+    return pieces
 
 
 def _is_in_out(

@@ -150,7 +150,7 @@ def names_in_memory(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
     matched, _ = names.match_names(
         dict(update.expected for update in adapter.reading.updates), base, transposed=True
     )
-    return {locations[0].name: name for name, locations in matched.items() if len(locations) == 1}
+    return names.get_own_names(matched)
 
 
 class MemoryModel:

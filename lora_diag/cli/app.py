@@ -41,15 +41,14 @@ class _Command(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         rows_by_panel: dict[str, list[tuple[str, str]]] = {panel: [] for panel in PANELS}
         for param in self.get_params(ctx):
-            if (record := param.get_help_record(ctx)) is not None:
-                is_argument = param.param_type_name == "argument"
-                panel = (
-                    INPUTS if is_argument else getattr(param, "rich_help_panel", None) or EXECUTION
-                )
-                name = re.sub(r" <(?:(.+\|.+)|.*)>$", _format_choices, record[0])
-                rows_by_panel[panel].append(
-                    (re.sub("[{}]", "", name) if is_argument else name, record[1])
-                )
+            record = param.get_help_record(ctx)
+            if record is None:
+                continue
+            panel = getattr(param, "rich_help_panel", None) or EXECUTION
+            name = re.sub(r" <(?:(.+\|.+)|.*)>$", _format_choices, record[0])
+            if param.param_type_name == "argument":
+                panel, name = INPUTS, re.sub("[{}]", "", name)
+            rows_by_panel[panel].append((name, record[1]))
         for panel, lines in rows_by_panel.items():
             if lines:
                 with formatter.section(panel):
@@ -60,9 +59,7 @@ class _Command(TyperCommand):
         return super().get_short_help_str(80)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        return [
-            piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)
-        ]
+        return [re.sub("[{}]", "", piece) for piece in super().collect_usage_pieces(ctx)]
 
 
 class _Commands(TyperGroup):
@@ -73,11 +70,10 @@ class _Commands(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """List the commands in their groups, those of a group of commands by their full names."""
         rows: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
-        named = {
-            f"{name} {word}".strip(): each
-            for name, command in self.commands.items()
-            for word, each in getattr(command, "commands", {"": command}).items()
-        }
+        named: dict[str, Any] = {}
+        for name, command in self.commands.items():
+            for word, each in getattr(command, "commands", {"": command}).items():
+                named[f"{name} {word}".strip()] = each
         width = max(map(len, named))
         for name, command in named.items():
             rows.setdefault(command.rich_help_panel, []).append(
@@ -142,18 +138,16 @@ def application(only: str = "") -> typer.Typer:
         name="probe", cls=_Commands, help="Diagnostics that run the model.", no_args_is_help=True
     )
     for full, feature, command in catalog.commands():
-        if full == only or not only:
-            parent, name = (
-                (probe if full.startswith("probe ") else app),
-                full.removeprefix("probe "),
-            )
-            add = parent.command(
-                name,
-                cls=_Command,
-                no_args_is_help=command.needs_input,
-                rich_help_panel=feature.group,
-            )
-            add(make_function(feature, command))
+        if only not in {"", full}:
+            continue
+        parent = probe if full.startswith("probe ") else app
+        add = parent.command(
+            full.removeprefix("probe "),
+            cls=_Command,
+            no_args_is_help=command.needs_input,
+            rich_help_panel=feature.group,
+        )
+        add(make_function(feature, command))
     if probe.registered_commands:
         app.add_typer(probe)
     return app
@@ -175,9 +169,10 @@ def _find_command(arguments: list[str]) -> str:
     ['probe sweep', 'gate init', 'gate', '']
     """
     command_names = {name for name, *_ in catalog.commands()}
-    return next(
-        (name for name in (" ".join(arguments[:2]), *arguments[:1]) if name in command_names), ""
-    )
+    for name in (" ".join(arguments[:2]), *arguments[:1]):
+        if name in command_names:
+            return name
+    return ""
 
 
 def _judges_without_plugins(arguments: list[str]) -> bool:
@@ -208,17 +203,13 @@ def main() -> None:
         # All output is written; an interrupt during interpreter shutdown loses nothing.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     forget_output()
-    if code == INTERRUPTED and any(
-        thread.name.startswith("layer") for thread in threading.enumerate()
-    ):
-        os._exit(
-            code
-            # otherwise Python waits for running measurements, which take minutes each for large
-            # matrices
-        )
-    if (
-        "triton" in sys.modules
-    ):  # nanobind reports objects that are not freed at exit, in 20 lines of standard error
+    is_measuring = any(thread.name.startswith("layer") for thread in threading.enumerate())
+    if code == INTERRUPTED and is_measuring:
+        # Otherwise Python waits for running measurements, which take minutes each for large
+        # matrices.
+        os._exit(code)
+    if "triton" in sys.modules:
+        # nanobind reports objects that are not freed at exit, in 20 lines of standard error.
         gc.unfreeze()
     else:
         gc.freeze()  # after torch was imported, looking for garbage at exit took 0.4 s
@@ -336,12 +327,10 @@ def _format_usage_error(problem: str, context: Any) -> str:
 def _can_resume(arguments: list[str]) -> bool:
     """Return whether the command given by these words has ``--resume``."""
     named = _find_command(arguments)
-    return any(
-        "resume" in list_options(group)
-        for name, feature, command in catalog.commands()
-        if name == named
-        for group in feature.option_groups(command)
-    )
+    for name, feature, command in catalog.commands():
+        if name == named:
+            return any("resume" in list_options(group) for group in feature.option_groups(command))
+    return False
 
 
 def _is_stream_error(error: OSError) -> bool:

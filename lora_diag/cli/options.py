@@ -171,18 +171,14 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
         values.pop("like", None)
         values = {name: _hide_secrets(value) for name, value in values.items()}
         out.silence_matplotlib()
-        values |= {
-            each.name: _list_words(each, values[each.name])
-            for each in command.arguments
-            if each.many
-        }
-        shown = OutputChoice(
-            **{name: DISPLAY[name].checked(name, values.pop(name)) for name in command.shows}
-        )
+        for argument in command.arguments:
+            if argument.many:
+                values[argument.name] = _list_words(argument, values[argument.name])
+        display = {name: DISPLAY[name].checked(name, values.pop(name)) for name in command.shows}
+        shown = OutputChoice(**display)
         for group in groups:
-            values |= _gather_group(
-                group, {each.name: values.pop(each.name) for each in _list_options(group)}
-            )
+            of_group = {each.name: values.pop(each.name) for each in _list_options(group)}
+            values |= _gather_group(group, of_group)
         from lora_diag.rendering.statements import limit_lines  # deferred: imports rich
 
         _report_defaults(context, shown)
@@ -190,24 +186,21 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
             if command.call:
                 code = feature.function_of(command)(shown, **values)
             else:
-                source = (
-                    context.get_parameter_source
-                )  # an option with a default is filled in by the function
-                names = {name for group in groups for name in list_options(group)}
+                names = set[str]().union(*map(list_options, groups))
+                # An option with a default is filled in by the function.
+                source = context.get_parameter_source
                 names = {name for name in names if getattr(source(name), "name", "") != "DEFAULT"}
                 code = _measure_and_show(feature, command, shown, values, names)
         if code:
             raise typer.Exit(code)
 
-    parameters = [
-        Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
-        *map(_make_argument, command.arguments),
-        *(parameter for group in groups for parameter in _list_options(group)),
-        *(
-            _make_parameter(name, str if name == "per" else bool, DISPLAY[name])
-            for name in command.shows
-        ),
-    ]
+    parameters = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    parameters += map(_make_argument, command.arguments)
+    for group in groups:
+        parameters += _list_options(group)
+    for name in command.shows:
+        kind = str if name == "per" else bool
+        parameters.append(_make_parameter(name, kind, DISPLAY[name]))
     if groups and feature.name != "gate":
         parameters.append(_make_parameter("like", str, LIKE))
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
@@ -237,10 +230,8 @@ def _list_words(argument: Argument, words: Sequence[str] | None) -> list[str]:
     words = list(words or ())
     if not argument.stdin or "-" not in words:
         return words
-    return [
-        *(word for word in words if word != "-"),
-        *(line.rstrip("\n") for line in sys.stdin if line.strip()),
-    ]
+    lines = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    return [word for word in words if word != "-"] + lines
 
 
 def _measure_and_show(
@@ -272,13 +263,13 @@ def _measure_and_show(
         result = function(*(word for name in rest for word in values[name]), **named)
     is_results = isinstance(result, Results)
     if shown.json and "on_record" not in option_names:
-        models = result if isinstance(result, list) else [result]
-        for text in (
-            lines_of(result.records())
-            if is_results
-            else (model.model_dump_json() for model in models)
-        ):
-            out.print_json(text)
+        if is_results:
+            lines = lines_of(result.records())
+        else:
+            models = result if isinstance(result, list) else [result]
+            lines = (model.model_dump_json() for model in models)
+        for line in lines:
+            out.print_json(line)
     if shown.table:
         per = shown.per if "per" in command.shows else values.get("granularity")
         values = {**values, "per": "layer" if per == "layer" else "type"}

@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from json import dumps
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 from packaging.requirements import Requirement
 
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError, install_command
-from lora_diag.rendering.statements import Statement, limit_lines, make_statement, summary_of
+from lora_diag.rendering.statements import Level, Statement, limit_lines, make_statement, summary_of
 from lora_diag.rendering.text import byte_count, to_text
 from lora_diag.version import __version__
 
@@ -140,15 +141,14 @@ def _check_packages() -> Iterator[Statement]:
     else:
         yield make_statement("packages", "Packages", ", ".join(present), level="ok", priority=0)
     for extra, adds in ADDS.items():
-        present, gaps = _find_gaps(
-            each for each in requirements.get(extra, ()) if each.name != "loradiag"
-        )
+        packages = [each for each in requirements.get(extra, ()) if each.name != "loradiag"]
+        present, gaps = _find_gaps(packages)
         lines = [f"{adds}: {', '.join(present)}"]
+        level: Level = "ok"
         if gaps:
             lines = [f"not available ({adds}): {', '.join(gaps)}", install_command(extra)]
-        yield make_statement(
-            f"extra_{extra}", f"[{extra}]", *lines, level="warning" if gaps else "ok", scoped=True
-        )
+            level = "warning"
+        yield make_statement(f"extra_{extra}", f"[{extra}]", *lines, level=level, scoped=True)
 
 
 def _check_command() -> Statement:
@@ -176,40 +176,25 @@ def _check_devices() -> Iterator[Statement]:
     import torch  # deferred: takes a second
 
     usable = cores()
-    settings = ", ".join(
-        f"{name}={os.environ[name]}"
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-        if name in os.environ
-    )
-    yield make_statement(
-        "processor",
-        "Processor",
-        f"{processor()}, {usable:g} usable core{'s' * (usable != 1)}",
-        f"{_find_blas()}, {torch.get_num_threads()} "
-        f"thread(s){f' ({settings})' if settings else ''}",
-    )
+    variables = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ]
+    threads = f"{_find_blas()}, {torch.get_num_threads()} thread(s)"
+    if variables:
+        settings = ", ".join(f"{name}={os.environ[name]}" for name in variables)
+        threads += f" ({settings})"
+    usable_cores = f"{usable:g} usable core{'s' * (usable != 1)}"
+    yield make_statement("processor", "Processor", f"{processor()}, {usable_cores}", threads)
     if torch.cuda.is_available():
-        devices = [
-            torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
-        ]
-        names = [
-            f"cuda:{index} {device.name}, {byte_count(device.total_memory)}"
-            for index, device in enumerate(devices)
-        ]
-        yield make_statement(
-            "gpu",
-            "GPU",
-            *names,
-            f"CUDA {torch.version.cuda}; --device auto uses cuda:0",
-            level="ok",
-        )
+        lines = []
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            lines.append(f"cuda:{index} {device.name}, {byte_count(device.total_memory)}")
+        lines.append(f"CUDA {torch.version.cuda}; --device auto uses cuda:0")
+        yield make_statement("gpu", "GPU", *lines, level="ok")
     elif shutil.which("nvidia-smi"):
         lead = f"an NVIDIA driver is installed, but torch {torch.__version__} finds no device"
-        fix = (
-            "check nvidia-smi"
-            if torch.version.cuda
-            else "install torch for CUDA: pip install --force-reinstall torch"
-        )
+        fix = "check nvidia-smi"
+        if not torch.version.cuda:
+            fix = "install torch for CUDA: pip install --force-reinstall torch"
         yield make_statement("gpu", "GPU", lead, fix, level="warning")
     else:
         yield make_statement("gpu", "GPU", "none: --device auto computes on the CPU")
@@ -227,11 +212,9 @@ def _check_memory() -> Statement:
     available, total = memory()
     if total is None:
         return make_statement("memory", "Memory", "unknown on this system")
-    lead = (
-        f"{byte_count(total)}"
-        if available is None
-        else f"{byte_count(available)} available of {byte_count(total)}"
-    )
+    lead = byte_count(total)
+    if available is not None:
+        lead = f"{byte_count(available)} available of {lead}"
     return make_statement("memory", "Memory", f"{lead}; --memory limits what loradiag uses")
 
 
@@ -267,10 +250,10 @@ def _check_folders() -> Iterator[Statement]:
                 key, label, f"only {byte_count(free)} free in {name}; {fix}", level="warning"
             )
         else:
-            shown = (
-                f"{name}, " if key == "cache" else ""
-            )  # an issue needs no name of a user's folder
-            yield make_statement(key, label, f"{shown}{byte_count(free)} free", level="ok")
+            space = f"{byte_count(free)} free"
+            if key == "cache":  # an issue needs no name of a user's folder
+                space = f"{name}, {space}"
+            yield make_statement(key, label, space, level="ok")
 
 
 def _check_ray() -> Iterator[Statement]:
@@ -315,11 +298,8 @@ def _shorten_home(path: str) -> str:
     into an issue.
     """
     home = str(Path.home())
-    return (
-        "~" + path[len(home) :]
-        if home != "/" and (path == home or path.startswith(home + os.sep))
-        else path
-    )
+    is_inside = path == home or path.startswith(home + os.sep)
+    return "~" + path[len(home) :] if home != "/" and is_inside else path
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -328,13 +308,12 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     Args:
         cpuinfo: Linux's description of the processors.
     """
-    try:
-        match = re.search(
-            r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE
-        )
-    except OSError:
-        match = None
-    return match[1].strip() if match else platform.processor() or platform.machine()
+    with suppress(OSError):
+        text = cpuinfo.read_text(errors="replace")
+        match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        if match is not None:
+            return match[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
@@ -373,10 +352,8 @@ def memory(
     except (OSError, KeyError):
         return None, _read_physical_memory()
     try:
-        limit, used = (
-            int((group / "memory.max").read_text()),
-            int((group / "memory.current").read_text()),
-        )
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
     except (OSError, ValueError):  # no control group, or ``max``
         return available, total
     return min(available, max(0, limit - used)), min(total, limit)

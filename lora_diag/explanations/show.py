@@ -38,15 +38,13 @@ def run_explain(shown: OutputChoice, words: Sequence[str]) -> int:
         for term in terms:
             shown.print_line(dumps(asdict(term), ensure_ascii=False))
     else:
-        shown.print(
-            to_text(
-                Group(*map(_draw_term, terms)) if word else _list_symptoms(terms), *shown.terminal
-            )
-        )
+        drawn = Group(*map(_draw_term, terms)) if word else _list_symptoms(terms)
+        shown.print(to_text(drawn, *shown.terminal))
     return DONE
 
 
 def _draw_term(term: Term) -> RenderableType:
+    """Return a word and its meaning."""
     heading = Text.assemble((term.word, "bold"), f"   {term.role}")
     blocks = [_draw_block(block) for block in term.text.split("\n\n")]
     return Group(heading, *(Padding(block, (0, 0, 0, 2)) for block in blocks), Text())
@@ -57,10 +55,10 @@ def _draw_block(block: str) -> Text:
     lines stay.
     """
     if block.startswith("    "):
-        return Text(
-            "\n".join(line[2:] for line in block.splitlines()), no_wrap=True, overflow="fold"
-        )
-    return Text(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(block.split())).replace("`", ""))
+        code = "\n".join(line[2:] for line in block.splitlines())
+        return Text(code, no_wrap=True, overflow="fold")
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(block.split()))
+    return Text(text.replace("`", ""))
 
 
 def _list_symptoms(terms: Sequence[Term]) -> RenderableType:

@@ -68,11 +68,11 @@ def list_values(annotation: object) -> Iterator[str]:
     >>> list(list_values(Literal["left", "right"] | None))
     ['left', 'right']
     """
-    parts = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        yield from map(str, parts)
-    else:
-        yield from (word for part in parts for word in list_values(part))
+    for part in get_args(annotation):
+        if get_origin(annotation) is Literal:
+            yield str(part)
+        else:
+            yield from list_values(part)
 
 
 def describe_value(word: str, text: str) -> str:
@@ -101,15 +101,17 @@ def all_terms() -> tuple[Term, ...]:
         _find_columns,
         _find_fields,
     )
-    return tuple(dict.fromkeys(term for source in sources for term in source()))
+    terms: dict[Term, None] = {}
+    for source in sources:
+        terms.update(dict.fromkeys(source()))
+    return tuple(terms)
 
 
 def _find_sections() -> Iterator[Term]:
     """Yield the sections of the pages of this package; commas in a heading separate spellings."""
     for role in ("symptom", "finding", "word"):
-        for section in (
-            (files(__package__) / f"{role}s.md").read_text(encoding="utf-8").split("\n## ")[1:]
-        ):
+        text = (files(__package__) / f"{role}s.md").read_text(encoding="utf-8")
+        for section in text.split("\n## ")[1:]:
             title, _, body = section.partition("\n")
             word, *others = title.split(", ")
             yield Term(word, role, body.strip(), tuple(others))
@@ -120,9 +122,8 @@ def remedy_of(rule: str) -> tuple[str, str]:
     """Return what to do about a finding of ``lint``, and the source of its rule: the last
     paragraphs of its section.
     """
-    text = next(
-        term.text for term in _find_sections() if term.role == "finding" and term.word == rule
-    )
+    findings = {term.word: term.text for term in _find_sections() if term.role == "finding"}
+    text = findings[rule]
     *_, fix, source = (" ".join(part.split()) for part in text.split("\n\n"))
     return fix.removeprefix("Fix: "), source.removeprefix("Source: ")
 
@@ -136,15 +137,15 @@ def _find_models() -> Iterator[tuple[str, type[BaseModel]]]:
     """Yield every class of records with the command of its records; ``every command`` for shared
     ones.
     """
-    for command, kinds in [
-        ("every command", SHARED),
-        *(
-            (f.commands[0].name or f.name, map(f.load, f.records))
-            for f in catalog.features()
-            if f.records
-        ),
-    ]:
-        yield from ((command, model) for kind in kinds for model in find_models(kind))
+    kinds_by_command: list[tuple[str, Iterable[type[BaseModel]]]] = [("every command", SHARED)]
+    for feature in catalog.features():
+        if feature.records:
+            command = feature.commands[0].name or feature.name
+            kinds_by_command.append((command, map(feature.load, feature.records)))
+    for command, kinds in kinds_by_command:
+        for kind in kinds:
+            for model in find_models(kind):
+                yield command, model
 
 
 def _find_values() -> Iterator[Term]:
@@ -169,12 +170,9 @@ def _find_checks() -> Iterator[Term]:
 def _find_columns() -> Iterator[Term]:
     for command, model in _find_models():
         for shown in getattr(model, "shown", ()):
-            yield Term(
-                shown.title,
-                f"column of {command}",
-                f"{shown.about.rstrip('.')}.",
-                (shown.head, shown.path),
-            )
+            about = f"{shown.about.rstrip('.')}."
+            others = (shown.head, shown.path)
+            yield Term(shown.title, f"column of {command}", about, others)
 
 
 def _find_fields() -> Iterator[Term]:
@@ -199,26 +197,20 @@ def find_terms(words: str) -> list[Term]:
     found = [term for term in all_terms() if wanted in map(_normalize, (term.word, *term.others))]
     if found:
         return _merge_roles(found)
-    return [
-        term
-        for term in all_terms()
-        if term.role == "symptom" and set(wanted.split()) <= _words_of(term.word)
-    ]
+    symptoms = [term for term in all_terms() if term.role == "symptom"]
+    return [term for term in symptoms if set(wanted.split()) <= _words_of(term.word)]
 
 
 def find_nearest(words: str) -> list[str]:
     """Return up to five words: those of a similar spelling, then those whose meaning contains the
     given words.
     """
-    spellings = {
-        _normalize(word): term.word
-        for term in all_terms()
-        for word in (term.word, *term.others)
-        if word
-    }
-    close = [
-        spellings[word] for word in get_close_matches(_normalize(words), spellings, n=5, cutoff=0.7)
-    ]
+    spellings = {}
+    for term in all_terms():
+        for word in filter(None, (term.word, *term.others)):
+            spellings[_normalize(word)] = term.word
+    similar = get_close_matches(_normalize(words), spellings, n=5, cutoff=0.7)
+    close = [spellings[word] for word in similar]
     mentioned = [term.word for term in all_terms() if words.casefold() in term.text.casefold()]
     return list(dict.fromkeys([*close, *mentioned]))[:5]
 

@@ -61,24 +61,20 @@ def inspect(
 def _inspect(source: Input, stated_alpha: StatedAlpha) -> Inventory:
     """Return the contents of a checkpoint or an adapter; see ``inspect``."""
     opened = open_input(source, stated_alpha)
+    notes = list(opened.notes)
+    adapted: dict[str, Any] = {}
     if isinstance(opened, Adapter):
-        notes, checkpoint = opened.warnings(), opened.checkpoint
-        adapted: dict[str, Any] = {
-            "adapts": opened.weights(),
-            "scaling": legible(opened.reading.scaling),
-        }
+        notes += opened.warnings()
+        checkpoint = opened.checkpoint
+        adapted = {"adapts": opened.weights(), "scaling": legible(opened.reading.scaling)}
     else:
-        has_moments = any(file.metadata.get("kind") == MOMENTS for file in opened.files)
-        notes = (
-            (f"contains {MOMENTS}, not a checkpoint; pass it with --activations",)
-            if has_moments
-            else ()
-        )
-        checkpoint, adapted = opened, {}
+        checkpoint = opened
+        if any(file.metadata.get("kind") == MOMENTS for file in opened.files):
+            notes.append(f"contains {MOMENTS}, not a checkpoint; pass it with --activations")
     return Inventory(
         path=legible(opened.path),
         kind=legible(opened.kind),
-        notes=tuple(map(legible, (*opened.notes, *notes))),
+        notes=tuple(map(legible, notes)),
         tensors=_list_tensors(checkpoint),
         **adapted,
     )
@@ -86,11 +82,13 @@ def _inspect(source: Input, stated_alpha: StatedAlpha) -> Inventory:
 
 def _list_tensors(checkpoint: Checkpoint) -> tuple[ListedTensor, ...]:
     """Return the descriptions of all tensors, in natural order of their names."""
-    return tuple(
-        ListedTensor(layer=name, shape=info.shape, dtype=info.dtype, left_out=why_left_out(info))
-        for name in sorted(checkpoint, key=natural_order)
-        if (info := checkpoint[name])
-    )
+    tensors = []
+    for name in sorted(checkpoint, key=natural_order):
+        info = checkpoint[name]
+        left_out = why_left_out(info)
+        tensor = ListedTensor(layer=name, shape=info.shape, dtype=info.dtype, left_out=left_out)
+        tensors.append(tensor)
+    return tuple(tensors)
 
 
 def inspect_any(
@@ -115,11 +113,10 @@ def inventory_table(inventory: Inventory, width: int = 80, color: bool = False) 
     Returns:
         Lines of text, without a trailing newline.
     """
-    grid = (
-        _make_grid(AdaptedWeight.shown, inventory.adapts)
-        if inventory.adapts
-        else _make_grid(ListedTensor.shown, inventory.tensors)
-    )
+    if inventory.adapts:
+        grid = _make_grid(AdaptedWeight.shown, inventory.adapts)
+    else:
+        grid = _make_grid(ListedTensor.shown, inventory.tensors)
     return to_text(Group(Text(_make_headline(inventory)), *grid.render(width)), width, color)
 
 
@@ -129,12 +126,10 @@ def _make_grid(shown: Sequence[Shown], records: Sequence[ListedTensor | AdaptedW
     """
     groups: dict[tuple[Any, ...], list[ListedTensor | AdaptedWeight]] = {}
     for record in records:
-        key = (
-            module_type_of(record.layer),
-            *(str(value_at(record, field.path)) for field in shown),
-        )
-        groups.setdefault(key, []).append(record)
-    return grid_of(shown, [(safe(name), group) for (name, *_), group in groups.items()], "type")
+        values = [str(value_at(record, field.path)) for field in shown]
+        groups.setdefault((module_type_of(record.layer), *values), []).append(record)
+    rows = [(safe(key[0]), group) for key, group in groups.items()]
+    return grid_of(shown, rows, "type")
 
 
 def _make_headline(inventory: Inventory) -> str:
@@ -144,12 +139,11 @@ def _make_headline(inventory: Inventory) -> str:
     entries_by_dtype: Counter[str] = Counter()
     for tensor in inventory.tensors:
         entries_by_dtype[tensor.dtype] += math.prod(tensor.shape)
-    dtypes = ", ".join(
-        f"{count(entry_count)} {dtype}" for dtype, entry_count in entries_by_dtype.most_common()
-    )
-    notes = "".join(f"\nNote: {safe(note)}" for note in inventory.notes)
-    headline = (
-        f"{safe(inventory.path)}: {safe(inventory.kind)}, {len(inventory.tensors)} tensors, "
-        f"{dtypes}"
-    )
-    return headline + (f"\nScaling: {safe(inventory.scaling)}" if inventory.scaling else "") + notes
+    totals = entries_by_dtype.most_common()
+    dtypes = ", ".join(f"{count(entries)} {dtype}" for dtype, entries in totals)
+    name, tensors = safe(inventory.path), f"{len(inventory.tensors)} tensors"
+    lines = [f"{name}: {safe(inventory.kind)}, {tensors}, {dtypes}"]
+    if inventory.scaling:
+        lines.append(f"Scaling: {safe(inventory.scaling)}")
+    lines += [f"Note: {safe(note)}" for note in inventory.notes]
+    return "\n".join(lines)

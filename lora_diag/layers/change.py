@@ -28,7 +28,13 @@ from lora_diag.linalg.devices import move, resolve_device, use_own_stream
 from lora_diag.linalg.difference import Difference, difference, first_non_finite, norm
 from lora_diag.linalg.exact import Factors, decompose_factored
 from lora_diag.linalg.merge import Addend, Product, Whole
-from lora_diag.linalg.methods import Allowance, decompose, decompose_streamed, whole_bytes
+from lora_diag.linalg.methods import (
+    Allowance,
+    decompose,
+    decompose_streamed,
+    require_memory,
+    whole_bytes,
+)
 from lora_diag.linalg.streamed import Streamed
 from lora_diag.records.vocabulary import ON_CPU
 
@@ -285,6 +291,30 @@ def join_blocks(blocks: Iterable[Tensor], device: torch.device) -> Tensor:
     tensors = [move(block, device) for block in blocks]
     dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     return torch.cat([tensor.to(dtype) for tensor in tensors])
+
+
+def load_with_base(
+    delta: Delta, device: torch.device, memory: int | None, needed: int, use: str
+) -> tuple[Change, Tensor] | str:
+    """Load ΔW and the weight that it changes; return the problem if ΔW is not finite.
+
+    Args:
+        delta: The layer; BASE has its weight.
+        device: The device.
+        memory: Memory limit in bytes; None without limit.
+        needed: Upper bound of the memory of the measurement in bytes.
+        use: What takes that memory, with its verb, for messages.
+
+    Raises:
+        MemoryLimitError: The memory limit, which applies to the machine's memory, is too low.
+    """
+    if memory is not None and device.type == "cpu":
+        require_memory(needed, memory, delta.shape, use, "$exclude it")
+    change = load_change(delta, device)
+    if change.non_finite is not None:
+        return change.non_finite
+    assert delta.base is not None
+    return change, join_blocks(row_blocks(delta.base, delta.shape), device)
 
 
 def form_tuned(delta: Delta, change: Change, before: Tensor, device: torch.device) -> Tensor:

@@ -58,8 +58,9 @@ _OWN_KEYS = {
         "lr": "optimizer.lr",
         "optimizer": "optimizer._component_",
         "length": "tokenizer.max_seq_len",
-    }
-    | {"beta2": "", "steps": "max_steps_per_epoch"},
+        "beta2": "",
+        "steps": "max_steps_per_epoch",
+    },
 }
 # Setting of LoRA -> its type; tables of patterns are checked by a rule, which locates them in the
 # file.
@@ -118,14 +119,14 @@ class Settings:
         name = self.keys.get(key, key)
         if name.startswith("--"):
             return name, None
-        lines = (
-            self.path.read_text("utf-8", "replace").splitlines()
-            if self.path.suffix in SUFFIXES
-            else []
-        )
-        pattern = re.compile(rf"\s*[\"']?{re.escape(name.rpartition('.')[2])}[\"']?\s*:")
-        line = next((number for number, text in enumerate(lines, 1) if pattern.match(text)), None)
-        return f"{legible(self.path)}{f':{line}' if line else ''} {name}".rstrip(), line
+        place = legible(self.path)
+        if self.path.suffix in SUFFIXES:
+            pattern = re.compile(rf"\s*[\"']?{re.escape(name.rpartition('.')[2])}[\"']?\s*:")
+            lines = self.path.read_text("utf-8", "replace").splitlines()
+            for number, text in enumerate(lines, 1):
+                if pattern.match(text):
+                    return f"{place}:{number} {name}".rstrip(), number
+        return f"{place} {name}".rstrip(), None
 
 
 def read_settings(path: Path) -> Settings:
@@ -142,13 +143,11 @@ def read_settings(path: Path) -> Settings:
         )
     if not path.is_dir():
         values = Values.read(path)
-        reader = next(
-            (reader for reader, keys in READERS.values() if keys & values.table.keys()), None
-        )
-        if reader is None:
-            fix = f"give one of {', '.join(READERS)}, or options such as $lr and $method"
-            raise damaged(path, "is not a training configuration that is known", fix)
-        return reader(values)
+        for reader, keys in READERS.values():
+            if keys & values.table.keys():
+                return reader(values)
+        fix = f"give one of {', '.join(READERS)}, or options such as $lr and $method"
+        raise damaged(path, "is not a training configuration that is known", fix)
     settings = _read_peft(Values.read(path / CONFIG))
     if not (path / TRAINING_ARGS).is_file():
         return settings
@@ -214,9 +213,12 @@ def _read_lora(values: Values, names: Mapping[str, str]) -> dict[str, Any]:
     """Return the LoRA settings of a file by the keys of ``adapter_config.json``, of which ``names``
     has the names.
     """
-    return {
-        key: _LORA_TYPES.get(key, Values.get)(values, name) for key, name in names.items() if name
-    }
+    settings = {}
+    for key, name in names.items():
+        if name:
+            read = _LORA_TYPES.get(key, Values.get)
+            settings[key] = read(values, name)
+    return settings
 
 
 def _read_trainer(family: str, values: Values) -> Settings:
@@ -224,54 +226,43 @@ def _read_trainer(family: str, values: Values) -> Settings:
     names = {key: by_trainer[TRAINERS.index(family)] for key, by_trainer in NAMES.items()}
     peft = _read_lora(values, names)
     for key in ("target_modules", "modules_to_save"):
-        if isinstance(peft[key], str) and re.fullmatch(
-            r"[\w., ]+", peft[key]
-        ):  # LLaMA-Factory's list
-            peft[key] = [part.strip() for part in peft[key].split(",")]
-    if values.flag("lora_target_linear") or peft["target_modules"] in (
-        ["all"],
-        ["all-linear"],
-        "all-linear",
-    ):
+        text = peft[key]
+        if isinstance(text, str) and re.fullmatch(r"[\w., ]+", text):  # LLaMA-Factory's list
+            peft[key] = [part.strip() for part in text.split(",")]
+    all_linear = (["all"], ["all-linear"], "all-linear")
+    if values.flag("lora_target_linear") or peft["target_modules"] in all_linear:
         peft["target_modules"] = "all-linear"
     settings = _read_common(family, values, peft)
-    in_bits = (
-        values.flag("load_in_4bit")
-        or values.flag("load_in_8bit")
-        or values.number("quantization_bit")
-    )
-    return replace(settings, keys={**settings.keys, **names}, quantized=bool(in_bits))
+    in_bits = values.flag("load_in_4bit") or values.flag("load_in_8bit")
+    quantized = bool(in_bits or values.number("quantization_bit"))
+    return replace(settings, keys={**settings.keys, **names}, quantized=quantized)
 
 
 def _read_axolotl(values: Values) -> Settings:
     settings = _read_trainer("axolotl", values)
     adapter = values.text("adapter", "full")
     method = "lora" if adapter == "qlora" else adapter
-    half = "bfloat16" if values.has("bf16", "bfloat16") else "float16" if values.has("fp16") else ""
-    has_masters = values.has("fsdp", "fsdp_config", "deepspeed")
-    stays_half = (
-        values.flag("peft_autocast_adapter_dtype") is False if method == "lora" else not has_masters
-    )
-    keys = {**settings.keys, "dtype": "fp16" if half == "float16" else "bf16"}
-    return replace(
-        settings, method=method, dtype=half if half and stays_half else "float32", keys=keys
-    )
+    half, key = "", "bf16"
+    if values.has("bf16", "bfloat16"):
+        half = "bfloat16"
+    elif values.has("fp16"):
+        half, key = "float16", "fp16"
+    if method == "lora":
+        stays_half = values.flag("peft_autocast_adapter_dtype") is False
+    else:
+        stays_half = not values.has("fsdp", "fsdp_config", "deepspeed")
+    dtype = half if half and stays_half else "float32"
+    return replace(settings, method=method, dtype=dtype, keys={**settings.keys, "dtype": key})
 
 
 def _read_llamafactory(values: Values) -> Settings:
     settings = _read_trainer("llamafactory", values)
     method = values.text("finetuning_type", "lora")
     dtype = "bfloat16" if values.flag("pure_bf16") or values.flag("use_badam") else "float32"
-    peft = Config(
-        values.path, {"lora_alpha": 2 * settings.peft.values["r"], **settings.peft.values}
-    )
-    return replace(
-        settings,
-        peft=peft,
-        method=method,
-        dtype=dtype,
-        keys={**settings.keys, "dtype": "pure_bf16"},
-    )
+    given = settings.peft.values
+    peft = Config(values.path, {"lora_alpha": 2 * given["r"], **given})
+    keys = {**settings.keys, "dtype": "pure_bf16"}
+    return replace(settings, peft=peft, method=method, dtype=dtype, keys=keys)
 
 
 def _read_trl(values: Values) -> Settings:
@@ -297,22 +288,17 @@ def _read_torchtune(values: Values) -> Settings:
     given = peft["target_modules"] or []
     given = [given] if isinstance(given, str) else given
     targets = ["o_proj" if name == "output_proj" else name for name in given]
-    targets += (
-        ["gate_proj", "up_proj", "down_proj"] if values.flag("model.apply_lora_to_mlp") else []
-    )
-    targets += ["lm_head"] if values.flag("model.apply_lora_to_output") else []
+    if values.flag("model.apply_lora_to_mlp"):
+        targets += ["gate_proj", "up_proj", "down_proj"]
+    if values.flag("model.apply_lora_to_output"):
+        targets.append("lm_head")
     settings = _read_common("torchtune", values, {**peft, "target_modules": targets or None})
     quantized = "qlora" in (values.text("model._component_") or "")
     dtype = values.text("dtype", "float32")
     dtype = _DTYPES.get(str(dtype), dtype)
+    method = "lora" if peft["r"] else "full"
     keys = {**settings.keys, **names}
-    return replace(
-        settings,
-        method="lora" if peft["r"] else "full",
-        dtype=dtype,
-        quantized=quantized,
-        keys=keys,
-    )
+    return replace(settings, method=method, dtype=dtype, quantized=quantized, keys=keys)
 
 
 # The readers by trainer, with keys of which each configuration has one; the first that fits is

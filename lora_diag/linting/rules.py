@@ -115,24 +115,19 @@ class Facts:
         """Dtype of the trained weights."""
         if self.settings.dtype != "auto":
             return self.settings.dtype
-        kinds = (
-            Counter(self.base[name].dtype for name in self.base) if self.base is not None else None
-        )
-        return kinds.most_common(1)[0][0] if kinds else None
+        if not self.base:
+            return None
+        kinds = Counter(self.base[name].dtype for name in self.base)
+        return kinds.most_common(1)[0][0]
 
     @property
     def weights(self) -> list[str] | None:
         """The weights of BASE whose entries can be sampled; None without any."""
-        infos = (
-            [self.base[name] for name in self.base]
-            if self.base is not None and self.base.kind != DERIVED
-            else []
-        )
-        return [
-            info.name
-            for info in infos
-            if info.stored is None and info.dtype in FLOAT_DTYPES and info.numel
-        ] or None
+        if self.base is None or self.base.kind == DERIVED:
+            return None
+        infos = [self.base[name] for name in self.base]
+        plain = [info for info in infos if info.stored is None and info.dtype in FLOAT_DTYPES]
+        return [info.name for info in plain if info.numel] or None
 
     @cached_property
     def modules(self) -> dict[str, str] | None:
@@ -147,8 +142,10 @@ class Facts:
         """The modules in memory, and the owners of all tensors of BASE, such as an
         ``nn.MultiheadAttention``.
         """
+        if self.modules is None:
+            return None
         owners = {name.rpartition(".")[0] for name in self.base or ()}
-        return owners | {*self.modules.values()} if self.modules is not None else None
+        return owners.union(self.modules.values())
 
     @cached_property
     def invalid(self) -> str:
@@ -169,20 +166,13 @@ class Facts:
         """
         values, modules = self.peft.values, self.modules
         unknown = any(values.get(key) for key in ("target_parameters", "layer_replication"))
-        if (
-            self.base is None
-            or modules is None
-            or self.invalid
-            or unknown
-            or not values.get("target_modules")
-        ):
+        if self.base is None or modules is None or self.invalid:
+            return None
+        if unknown or not values.get("target_modules"):
             return None
         if values["target_modules"] == "all-linear":
-            modules = {
-                name: module
-                for name, module in modules.items()
-                if not why_no_target(name, None, None)
-            }
+            linear = [name for name in modules if not why_no_target(name, None, None)]
+            modules = {name: modules[name] for name in linear}
         names = find_targeted(self.peft, modules)
         return {modules[name]: make_matrix(name, self.base[name].shape) for name in names}
 
@@ -204,9 +194,11 @@ class Facts:
             return sum(self.base[name].numel for name in self.base)
         if not self.targeted or not self.scaling:
             return None
-        return sum(
-            self.scaling[module][0] * matrix.per_rank for module, matrix in self.targeted.items()
-        )
+        params = 0
+        for module, matrix in self.targeted.items():
+            rank, _ = self.scaling[module]
+            params += rank * matrix.per_rank
+        return params
 
     @cached_property
     def contents(self) -> Contents | None:
@@ -217,25 +209,16 @@ class Facts:
             return None
         peft, is_dora = self.peft, self.peft.flag("use_dora")
         names = frozenset(peft.names("modules_to_save"))
-        saved = [
-            module
-            for module in (self.modules or {}).values()
-            if not names.isdisjoint(ends_of(module))
-        ]
-        items = [Item(f"{module}.weight", module, "value", f"{module}.weight") for module in saved]
+        items = []
+        for module in (self.modules or {}).values():
+            if not names.isdisjoint(ends_of(module)):
+                items.append(Item(f"{module}.weight", module, "value", f"{module}.weight"))
         for module, matrix in self.targeted.items():
-            table: Part = "embedding" if TABLE.search(matrix.name) else "factors"
+            part: Part = "embedding" if TABLE.search(matrix.name) else "factors"
+            if is_dora:
+                part = "dora"
             key, scaling = f"{module}.lora_B.weight", self.scaling[module]
-            items.append(
-                Item(
-                    matrix.name,
-                    module,
-                    "dora" if is_dora else table,
-                    key,
-                    *scaling,
-                    shape=matrix.shape,
-                )
-            )
+            items.append(Item(matrix.name, module, part, key, *scaling, shape=matrix.shape))
         return Contents("peft", tuple(items), peft.values, tied=has_tied_head(self.base))
 
     @cached_property
@@ -331,10 +314,9 @@ def check_factors(lr: float, dtype: str, targeted: Targeted) -> Iterator[Problem
             f"factors in {dtype}: lr {number(lr)} moves {small_percent(moved)} of A's initial "
             "entries"
         )
+        text += f", and lr/10, late in a decay, {small_percent(late)}"
         severity: Severity = "error" if moved < FEW else "warning" if moved < HALF else "note"
-        yield Problem(
-            "dtype", f"{text}, and lr/10, late in a decay, {small_percent(late)}", severity
-        )
+        yield Problem("dtype", text, severity)
 
 
 @rule("adam-bf16", "note")
@@ -375,13 +357,14 @@ def check_targets(
     base: Checkpoint, targeted: Targeted, paths: set[str], peft: Config
 ) -> Iterator[Problem]:
     """Find target names that match no module of BASE: a warning if others match."""
-    targets, leaves = (
-        peft.values["target_modules"],
-        sorted({path.rpartition(".")[2] for path in paths} - {""}),
-    )
-    names = targets if isinstance(targets, list) else [targets] if not targeted else []
+    names = peft.values["target_modules"]
+    if not isinstance(names, list):  # a pattern, which matches or not
+        names = [] if targeted else [names]
+    leaves = sorted({path.rpartition(".")[2] for path in paths} - {""})
     known = _list_names_of(paths)
-    for name in (name for name in names if name not in known):
+    for name in names:
+        if name in known:
+            continue
         near = ", ".join(get_close_matches(name, leaves, n=3, cutoff=0.5) or leaves[:9])
         text = f"{name!r} matches no module of BASE, which has {near}"
         if not (is_head(f"{name}.weight") and has_tied_head(base)):
@@ -404,7 +387,8 @@ def check_placement(targeted: Targeted, modules: Mapping[str, str]) -> Iterator[
 @rule("trained-twice", "warning", "lora")
 def check_twice(peft: Config) -> Iterator[Problem]:
     """Find modules that are named as targets and in ``modules_to_save``."""
-    if both := {*peft.names("target_modules")} & {*peft.names("modules_to_save")}:
+    both = {*peft.names("target_modules")} & {*peft.names("modules_to_save")}
+    if both:
         yield Problem("modules_to_save", f"{', '.join(sorted(both))}: also in target_modules")
 
 
@@ -413,12 +397,10 @@ def check_saved_names(paths: set[str], peft: Config) -> Iterator[Problem]:
     """Find names in ``modules_to_save`` that match no module of BASE, heads that a task
     adds aside.
     """
+    if peft.text("task_type").upper() in TASKS_WITH_HEAD:
+        return
     known = _list_names_of(paths)
-    for name in (
-        peft.names("modules_to_save")
-        if peft.text("task_type").upper() not in TASKS_WITH_HEAD
-        else ()
-    ):
+    for name in peft.names("modules_to_save"):
         if not is_head(f"{name}.weight") and name not in known:
             yield Problem("modules_to_save", f"{name!r} matches no module of BASE")
 
@@ -456,29 +438,27 @@ def check_scale(scaling: Scales, settings: Settings, peft: Config) -> Iterator[P
     odd = [module for module, (_, scale) in scaling.items() if not SCALES[0] <= scale <= SCALES[1]]
     if odd or is_default:
         rank, scale = scaling[(odd or [*scaling])[0]]
-        alpha = (
-            f"lora_alpha {peft.number('lora_alpha'):g}{', a default,' if is_default else ''} "
-            f"at rank {rank}"
-        )
-        share = f" in {len(odd)} of {len(scaling)} modules" if odd and len(scaling) > 1 else ""
-        yield Problem(
-            "lora_alpha", f"{alpha}: scale {number(scale)}{share}", None if odd else "note"
-        )
+        text = f"lora_alpha {peft.number('lora_alpha'):g}"
+        if is_default:
+            text += ", a default,"
+        text += f" at rank {rank}: scale {number(scale)}"
+        if odd and len(scaling) > 1:
+            text += f" in {len(odd)} of {len(scaling)} modules"
+        yield Problem("lora_alpha", text, None if odd else "note")
 
 
 @rule("rank-excess", "warning", "lora")
 def check_rank(targeted: Targeted, scaling: Scales) -> Iterator[Problem]:
     """Find ranks above what a matrix can hold, or with more parameters than it has entries."""
-    sizes = {matrix.name: (scaling[module][0], matrix.shape) for module, matrix in targeted.items()}
-    excess = [
-        name
-        for name, (r, shape) in sizes.items()
-        if r > min(shape) or r * sum(shape) >= math.prod(shape)
-    ]
+    excess = {}
+    for module, matrix in targeted.items():
+        (rank, _), shape = scaling[module], matrix.shape
+        if rank > min(shape) or rank * sum(shape) >= math.prod(shape):
+            excess[matrix.name] = rank, shape
     if excess:
-        rank, shape = sizes[excess[0]]
+        rank, shape = next(iter(excess.values()))
         text = (
-            f"{list_names(excess)}: rank {rank} of {shape[0]}×{shape[1]} trains "
+            f"{list_names(list(excess))}: rank {rank} of {shape[0]}×{shape[1]} trains "
             f"{rank * sum(shape):,} parameters"
         )
         yield Problem("r", f"{text} for {math.prod(shape):,} entries")
@@ -515,16 +495,16 @@ def _find_reach(lr: float, scaling: Scales) -> tuple[float, str]:
     r and s.
     """
     rank, scale = max(scaling.values(), key=lambda pair: pair[1] * math.sqrt(pair[0]))
-    return scale * math.sqrt(
-        rank
-    ) / REFERENCE, f"lr {number(lr)} at rank {rank} and scale {number(scale)}"
+    reach = scale * math.sqrt(rank) / REFERENCE
+    return reach, f"lr {number(lr)} at rank {rank} and scale {number(scale)}"
 
 
 @rule("capacity", "note", "lora")
 def check_capacity(tokens: int, targeted: Targeted, params: int) -> Iterator[Problem]:
     """Find data that ask for more parameters, by the rules of thumb of ``plan``."""
     rules = apply_capacity_rules([*targeted.values()], tokens) if targeted else ()
-    if short := [item for item in rules if item.params > params]:
+    short = [item for item in rules if item.params > params]
+    if short:
         needed = "more than full rank" if short[0].rank is None else f"rank {short[0].rank}"
         text = (
             f"{count(params)} parameters for {count(tokens)} tokens; {short[0].name} asks for "
@@ -540,9 +520,8 @@ def check_memory(
     """Find weights, gradients and optimizer state that exceed the GPU's memory; a lower bound."""
     named = (settings.optimizer or "").removesuffix("32bit")
     optimizer = named if named in STATE else "sgd"
-    trained = math.ceil(
-        params * TrainingMemory(optimizer, dtype if dtype in BYTES else "bfloat16").bytes_per_param
-    )
+    training = TrainingMemory(optimizer, dtype if dtype in BYTES else "bfloat16")
+    trained = math.ceil(params * training.bytes_per_param)
     entries = 0 if settings.method == "full" else sum(base[name].numel for name in base)
     frozen = entries // 2 if settings.quantized else 2 * entries
     if trained + frozen > gpu_memory:
@@ -566,28 +545,30 @@ def check_servers(contents: Contents, servers: Sequence[str]) -> Iterator[Proble
     ``--servers``.
     """
     names = servers or [name for name in SERVERS if contents.form in CONSUMERS[name].forms]
-    for consumer in map(CONSUMERS.__getitem__, names):
-        if text := _describe_service(consumer, contents):
-            yield Problem(
-                "server", f"{consumer.title} {consumer.newest} {text}", "error" if servers else None
-            )
-        elif rank := consumer.find_rank_to_set(contents):
+    for name in names:
+        consumer = CONSUMERS[name]
+        fault = _describe_service(consumer, contents)
+        if fault:
+            text = f"{consumer.title} {consumer.newest} {fault}"
+            yield Problem("server", text, "error" if servers else None)
+            continue
+        rank = consumer.find_rank_to_set(contents)
+        if rank:
             yield Problem("r", f"{consumer.title} needs {consumer.rank_option} {rank}")
 
 
 def _describe_service(consumer: Consumer, contents: Contents) -> str:
     """Return what the newest version of a consumer does wrong with an adapter; empty if nothing."""
-    if reason := find_refusal(consumer, consumer.rules[0], contents):
+    reason = find_refusal(consumer, consumer.rules[0], contents)
+    if reason:
         return f"refuses it: {reason}"
     for item in contents.items:
         outcome = consumer.rules[0].applies(contents, item)
         if outcome.does == "dropped":
             return f"drops {item.layer}: {outcome.why}"
-        if (
-            outcome.scale is not None
-            and item.scale is not None
-            and not math.isclose(outcome.scale, item.scale)
-        ):
+        if outcome.scale is None or item.scale is None:
+            continue
+        if not math.isclose(outcome.scale, item.scale):
             return (
                 f"scales {item.layer} by {number(outcome.scale)} instead of "
                 f"{number(item.scale)}: {outcome.why}"
@@ -606,11 +587,8 @@ def check_merge(pairing: Pairing, base: Checkpoint, weights: list[str]) -> Itera
         (dtype,) = dtypes
         error = moves.estimate_rounding(base, factors, dtype)
         if error > MAX_ERROR:
-            yield Problem(
-                "",
-                f"rounding to {dtype} adds about {number(error)} ‖ΔW‖, more than {MAX_ERROR:g} "
-                "‖ΔW‖",
-            )
+            text = f"rounding to {dtype} adds about {number(error)} ‖ΔW‖"
+            yield Problem("", f"{text}, more than {MAX_ERROR:g} ‖ΔW‖")
 
 
 @rule("adapter-mismatch", "error")
@@ -633,4 +611,6 @@ def check_complete(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> Iter
 @rule("adapter-zero", "error")
 def check_zero(adapter: Adapter) -> Iterator[Problem]:
     """Find factors that are still zero."""
-    yield from (Problem("", text) for text in adapter.warnings() if "are zero" in text)
+    for text in adapter.warnings():
+        if "are zero" in text:
+            yield Problem("", text)

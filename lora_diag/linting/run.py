@@ -89,7 +89,8 @@ def lint(
         []
     """
     options = fill_options(LintOptions, options)
-    if unknown := [name for name in options["servers"] if name not in CONSUMERS]:
+    unknown = [name for name in options["servers"] if name not in CONSUMERS]
+    if unknown:
         raise UsageError(
             Given("servers", unknown[0]), "unknown program", f"give one of {', '.join(CONSUMERS)}"
         )
@@ -116,9 +117,8 @@ def lint(
     findings, judged, missing = _judge(facts)
     inputs = list[RunInput]()
     if source is not None:
-        inputs.append(
-            RunInput(role="config", path=legible(source.path), kind=settings.family, tensors=0)
-        )
+        path, kind = legible(source.path), settings.family
+        inputs.append(RunInput(role="config", path=path, kind=kind, tensors=0))
     if checkpoint is not None:
         inputs.append(describe("base", checkpoint))
     own = {
@@ -191,14 +191,19 @@ def _read_settings(source: Input) -> Settings:
 def _apply_options(settings: Settings, options: LintOptions) -> Settings:
     """Return settings with the values of options."""
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    own: dict[str, Any] = {
-        name: given[name] for name in ("method", "lr", "dtype", "steps") if name in given
-    }
-    own |= {"optimizer": name_optimizer(given["optimizer"])} if "optimizer" in given else {}
-    lora = {key: given[name] for name, key in _LORA_KEYS.items() if name in given}
-    flags = {
-        _LORA_KEYS.get(name, name): f"--{name}" for name in (*own, *_LORA_KEYS) if name in given
-    }
+    if "optimizer" in given:
+        given["optimizer"] = name_optimizer(given["optimizer"])
+    own: dict[str, Any] = {}
+    lora: dict[str, Any] = {}
+    flags: dict[str, str] = {}
+    for name, value in given.items():
+        if name in ("method", "lr", "dtype", "steps", "optimizer"):
+            own[name] = value
+            flags[name] = f"--{name}"
+        elif name in _LORA_KEYS:
+            key = _LORA_KEYS[name]
+            lora[key] = value
+            flags[key] = f"--{name}"
     peft = Config(settings.peft.path, {**settings.peft.values, **lora})
     defaults = settings.defaults - lora.keys()
     return replace(settings, **own, peft=peft, keys={**settings.keys, **flags}, defaults=defaults)
@@ -225,27 +230,30 @@ def _judge(facts: Facts) -> tuple[list[LintFinding], list[str], dict[str, str]]:
         if rule.method and facts.settings.method not in {rule.method, None}:
             continue
         known = {need: getattr(facts, need) for need in signature(rule.check).parameters}
-        lacking = [
-            MISSING.get(need, f"--{need}".replace("_", "-"))
-            for need, value in known.items()
-            if value is None
-        ]
-        lacking += ["--method"] if rule.method and facts.settings.method is None else []
-        if lacking:
-            missing[name] = lacking[0]
+        lacking = next((need for need, value in known.items() if value is None), None)
+        if lacking is not None:
+            missing[name] = MISSING.get(lacking, f"--{lacking}".replace("_", "-"))
+            continue
+        if rule.method and facts.settings.method is None:
+            missing[name] = "--method"
             continue
         judged.append(name)
         fix, source = remedy_of(name)
         problems = [*islice(rule.check(**known), MAX_FINDINGS + 1)]
         if len(problems) > MAX_FINDINGS:
             last = problems[MAX_FINDINGS - 1]
-            problems[MAX_FINDINGS - 1 :] = [
-                last._replace(evidence=f"{last.evidence}; and more, which are not listed")
-            ]
+            evidence = f"{last.evidence}; and more, which are not listed"
+            problems[MAX_FINDINGS - 1 :] = [last._replace(evidence=evidence)]
         for key, evidence, severity in problems:
             where, line = facts.settings.locate(key)
-            place = {"severity": severity or rule.severity, "where": where, "line": line}
-            findings.append(
-                LintFinding(id=name, **place, evidence=shorten(evidence), fix=fix, source=source)
+            finding = LintFinding(
+                id=name,
+                severity=severity or rule.severity,
+                where=where,
+                line=line,
+                evidence=shorten(evidence),
+                fix=fix,
+                source=source,
             )
+            findings.append(finding)
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)), judged, missing

@@ -18,10 +18,6 @@ from lora_diag.rendering.text import quantity, safe
 from lora_diag.rendering.verdicts import workflow_commands
 
 _CLEAN = "no finding"
-_FAILED, _WARNED = (
-    {"status": "failed", "severity": "error"},
-    {"status": "warned", "severity": "warning"},
-)
 _LEVELS: Mapping[str, Level] = {"error": "failure", "warning": "warning", "note": "note"}
 
 
@@ -31,27 +27,22 @@ def lint_lines(results: Results[Any]) -> list[Statement]:
     """
     findings, settings = results.whole_of(LintFinding), results.run.settings
     counts = Counter(finding.severity for finding in findings)
-    lead = ", ".join(
-        quantity(counts[severity], severity) for severity in SEVERITIES if counts[severity]
-    )
+    found = [severity for severity in SEVERITIES if counts[severity]]
+    lead = ", ".join(quantity(counts[severity], severity) for severity in found)
     text = f"{lead or 'clean'} ({quantity(len(settings['judged']), 'rule')} judged)"
     level = _LEVELS[findings[0].severity] if findings else "ok"
     statements = [make_statement("lint", "Lint", text, level=level, priority=0)]
     for item in findings:
-        text, fix = f"{item.id}: {safe(item.evidence)}", f"at {safe(item.where)}; {item.fix}"
-        statements.append(
-            make_statement(
-                item.id, item.severity.capitalize(), text, fix, level=_LEVELS[item.severity]
-            )
-        )
+        lines = (f"{item.id}: {safe(item.evidence)}", f"at {safe(item.where)}; {item.fix}")
+        label, level = item.severity.capitalize(), _LEVELS[item.severity]
+        statements.append(make_statement(item.id, label, *lines, level=level))
     rules: dict[str, list[str]] = {}
     for rule, need in settings["not_judged"].items():
         rules.setdefault(need, []).append(rule)
-    lines = [f"{', '.join(names)}: give {need}" for need, names in rules.items()]
-    return [
-        *statements,
-        *([make_statement("not_judged", "Not judged", *lines, priority=2)] if lines else []),
-    ]
+    if rules:
+        needs = [f"{', '.join(names)}: give {need}" for need, names in rules.items()]
+        statements.append(make_statement("not_judged", "Not judged", *needs, priority=2))
+    return statements
 
 
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> str | None:
@@ -76,8 +67,10 @@ def lint_table(
         color: Whether to use ANSI colours.
         next_command: The suggested next command, printed last; None without one.
     """
-    rows = [(share.name, [share]) for share in results.whole_of(StepShare)] if is_verbose() else []
-    grids = [grid_of(StepShare.shown, rows, "module type")] if rows else []
+    grids = []
+    rows = [(share.name, [share]) for share in results.whole_of(StepShare)]
+    if rows and is_verbose():
+        grids.append(grid_of(StepShare.shown, rows, "module type"))
     return grids_table(grids, lint_lines(results), width, color, next_command)
 
 
@@ -94,20 +87,22 @@ def as_verdicts(results: Results[Any]) -> Results[Any]:
     failing = SEVERITIES[: SEVERITIES.index(settings["fail_on"]) + 1]
     verdicts = []
     for item in results.whole_of(LintFinding):
-        state = _FAILED if item.severity in failing else _WARNED
-        place = {
-            "group": item.where,
-            "line": item.line,
-            "measured": item.evidence,
-            "message": item.fix,
-        }
-        verdicts.append(Verdict(rule=item.id, allowed=_CLEAN, **{**place, **state}))
-    clean = [
-        rule for rule in settings["judged"] if rule not in {verdict.rule for verdict in verdicts}
-    ]
+        fails = item.severity in failing
+        verdict = Verdict(
+            rule=item.id,
+            allowed=_CLEAN,
+            group=item.where,
+            line=item.line,
+            measured=item.evidence,
+            message=item.fix,
+            status="failed" if fails else "warned",
+            severity="error" if fails else "warning",
+        )
+        verdicts.append(verdict)
+    found = {verdict.rule for verdict in verdicts}
+    clean = [rule for rule in settings["judged"] if rule not in found]
     verdicts += [Verdict(rule=rule, allowed=_CLEAN, status="passed") for rule in clean]
     for rule, need in settings["not_judged"].items():
-        verdicts.append(
-            Verdict(rule=rule, allowed=_CLEAN, status="not judged", message=f"give {need}")
-        )
+        message = f"give {need}"
+        verdicts.append(Verdict(rule=rule, allowed=_CLEAN, status="not judged", message=message))
     return Results(results.run, (), (), results.end, tuple(verdicts))

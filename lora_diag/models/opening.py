@@ -80,7 +80,7 @@ class Model:
     """A model on its device, in evaluation mode.
 
     Args:
-        module: The model; None from ``open_tokens``.
+        module: The model; None from ``open_tokenizer``.
         kind: Kind of prediction.
         tokens: The tokenizer.
         length: Number of tokens of a sequence.
@@ -201,7 +201,7 @@ def _load_module(
     return module
 
 
-def open_tokens(base: Path | str, length: int | None = None, tokenizer: str = "auto") -> Model:
+def open_tokenizer(base: Path | str, length: int | None = None, tokenizer: str = "auto") -> Model:
     """Open what is needed to read texts: tokenizer, length and kind of a model, without its
     weights.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -88,7 +88,8 @@ def cells(
     layers = np.zeros(values.shape, dtype=np.int64)
     for cell, found in groups.items():
         layers[cell] = len(found)
-        if numbers := [value for value in found if value is not None]:
+        numbers = [value for value in found if value is not None]
+        if numbers:
             values[cell] = np.median(numbers)
     return DepthField(names, values, layers)
 
@@ -107,37 +108,43 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         key=lambda depth: -1 if depth is None else depth,
     )
     grids = [cells(item.records, field, types, depths) for item in series]
+    norm = norm_of(grids)
     names = crop_names(types.names, fit_chars(NAME_FRACTION * style.width, style.ticks))
+    indent = max(map(len, names.values()))
+    room = (1 - NAME_FRACTION) * style.width
     panels = []
     for item, grid in zip(series, grids, strict=True):
         title = item.label if len(series) > 1 else ""
-        title_lines = (
-            wrap_text(title, (1 - NAME_FRACTION) * style.width, style.text).count("\n") + 1
-        )
+        title_lines = wrap_text(title, room, style.text).count("\n") + 1
         lines = 1.75 * max(len(grid.types), 2) + 1.0 + 1.2 * title_lines + 2.6 / len(series)
-        draw = partial(draw_cells, grid=grid, norm=norm_of(grids), names=names, depths=depths)
-        xlabel = (
-            ("depth (block)" + "; –: outside the blocks" * (None in depths))
-            if grid is grids[-1]
-            else ""
-        )
-        indent = max(map(len, names.values()))
-        panels.append(Panel(title, draw, xlabel, height=lines * style.text / 72, indent=indent))
+        height = lines * style.text / 72
+        draw = partial(draw_cells, grid=grid, norm=norm, names=names, depths=depths)
+        panels.append(Panel(title, draw, height=height, indent=indent))
+    xlabel = "depth (block)"
+    if None in depths:
+        xlabel += "; –: outside the blocks"
+    panels[-1] = replace(panels[-1], xlabel=xlabel)
     title = title_in(field, records)
+    if title[1:2].islower():
+        title = title[0].upper() + title[1:]
+    notes = []
     most = max(int(grid.layers.max(initial=0)) for grid in grids)
-    unknown = any((np.isnan(grid.values) & (grid.layers > 0)).any() for grid in grids)
+    if most > 1:
+        notes.append(
+            f"A cell is the median over the matrices of its type in the block (up to {most})."
+        )
+    keys = []
+    if any((np.isnan(grid.values) & (grid.layers > 0)).any() for grid in grids):
+        keys.append(Key(_make_hatch(0, 0), "not computed, or ΔW = 0"))
     return Page(
-        f"{title[0].upper() if title[1:2].islower() else title[0]}{title[1:]}, by module type and "
-        "depth",
+        f"{title}, by module type and depth",
         panels,
         f"{subject_of(series)}{count_matrices(records)}{metric_suffix(records)}",
-        [f"A cell is the median over the matrices of its type in the block (up to {most})."]
-        if most > 1
-        else (),
-        [Key(_make_hatch(0, 0), "not computed, or ΔW = 0")] if unknown else (),
+        notes,
+        keys,
         columns=1,
         low=True,
-        scale=ScalarMappable(norm_of(grids), SHARES),
+        scale=ScalarMappable(norm, SHARES),
     )
 
 
@@ -149,18 +156,16 @@ def _select_series(series: Sequence[Series[Any]], options: Options) -> tuple[Ser
         UndrawableError: There are no layer records, none has the field, or the requested rank was
             not measured.
     """
-    layered = [
-        item
-        for item in series
-        if isinstance(item.records[0], LayerRecord)
-        and "layer" in item.records[0].__class__.model_fields
-    ]
-    for kind in dict.fromkeys(type(item.records[0]) for item in layered):
-        of_kind = [item for item in layered if type(item.records[0]) is kind]
-        values = (
-            value_of(record, options.field or "") for item in of_kind for record in item.records
-        )
-        if options.field is None or any(value is not None for value in values):
+    by_kind: dict[type[Any], list[Series[Any]]] = {}
+    for item in series:
+        kind = type(item.records[0])
+        if issubclass(kind, LayerRecord) and "layer" in kind.model_fields:
+            by_kind.setdefault(kind, []).append(item)
+    for of_kind in by_kind.values():
+        if options.field is None:
+            return split_series(of_kind, options)
+        records = [record for item in of_kind for record in item.records]
+        if any(value_of(record, options.field) is not None for record in records):
             return split_series(of_kind, options)
     if options.field is None or not series:
         raise UndrawableError("no records", "records")
@@ -217,16 +222,15 @@ def draw_cells(
     """
     rows, columns = grid.values.shape
     # Cells have white gaps, except thin cells, which the gaps would hide.
-    edges: dict[str, Any] = (
-        {"edgecolors": "white", "lw": 0.5} if columns <= 40 else {"edgecolors": "face", "lw": 0.1}
-    )
+    edges: dict[str, Any] = {"edgecolors": "white", "lw": 0.5}
+    if columns > 40:
+        edges = {"edgecolors": "face", "lw": 0.1}
     corners = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
     ax.pcolormesh(*corners, np.ma.masked_invalid(grid.values), norm=norm, cmap=SHARES, **edges)
     for row, column in np.argwhere(np.isnan(grid.values) & (grid.layers > 0)):
         ax.add_patch(_make_hatch(column, row))
-    ax.set_yticks(
-        range(rows), [names[name] for name in grid.types], parse_math=False, size=style.ticks
-    )
+    row_names = [names[name] for name in grid.types]
+    ax.set_yticks(range(rows), row_names, parse_math=False, size=style.ticks)
     ax.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
     every = -(-columns // 9)
     ticks = [place for place, depth in enumerate(depths) if depth is None or depth % every == 0]
@@ -235,21 +239,18 @@ def draw_cells(
     ax.spines[:].set_visible(False)
     # Names and colour scale leave about two thirds of the axes' width before the layout.
     column_inches = 0.65 * ax.get_window_extent().width / ax.figure.dpi / columns
-    texts = {
-        cell: format_cell(value)
-        for cell, value in np.ndenumerate(grid.values)
-        if np.isfinite(value)
-    }
+    finite = [(cell, value) for cell, value in np.ndenumerate(grid.values) if np.isfinite(value)]
+    texts = {cell: format_cell(value) for cell, value in finite}
     if max(map(len, texts.values()), default=0) * 0.6 * style.ticks / 72 < column_inches:
         for (row, column), text in texts.items():
             red, green, blue, _ = SHARES(norm(grid.values[row, column]))
             color = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else INK
-            ax.text(
-                column, row, text, size=0.9 * style.ticks, color=color, ha="center", va="center"
-            )
+            size = 0.9 * style.ticks
+            ax.text(column, row, text, size=size, color=color, ha="center", va="center")
 
 
 def _make_hatch(column: float, row: float) -> Patch:
+    """Return the mark of a cell without a value."""
     return Rectangle(
         (column - 0.5, row - 0.5), 1, 1, facecolor=UNKNOWN, edgecolor=QUIET, hatch="////", lw=0
     )

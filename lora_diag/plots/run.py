@@ -142,9 +142,8 @@ def panel(
         ['mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj']
     """
     spec = figure_named(figure)
-    return draw_panel(
-        _FEATURES[figure].load(spec.page), records, spec.kind, ax, name, Options(per, field, rank)
-    )
+    make_page = _FEATURES[figure].load(spec.page)
+    return draw_panel(make_page, records, spec.kind, ax, name, Options(per, field, rank))
 
 
 def figure_of(results: Results[Any], name: str | None = None, **options: Any) -> Figure:
@@ -214,10 +213,9 @@ def _make_page(
                 f"{len(series)} runs are too many for one figure; give at most {most} results", ""
             )
     make_page = _FEATURES[name].load(spec.page)
+    page_options = Options(per, options.get("field"), options.get("rank"))
     with apply_style(style):
-        return make_page(
-            series, style, Options(per, options.get("field"), options.get("rank"))
-        ), style
+        return make_page(series, style, page_options), style
 
 
 def _select_naming_inputs(results: Results[Any]) -> Results[Any]:
@@ -308,40 +306,19 @@ def plot(
     if single and figure is None and options["field"] is not None:
         figure = next(spec.name for spec in FIGURES if "field" in spec.options)
     specs = FIGURES if figure in {None, "all"} else (figure_named(str(figure)),)
-    for option, value, used in (
-        ("field", options["field"], "field"),
-        ("show_rank", options["show_rank"], "rank"),
-    ):
-        users = [spec.name for spec in FIGURES if used in spec.options]
-        if value is not None and not {spec.name for spec in specs} & set(users):
-            raise UsageError(
-                Given(option, value), f"not used by {figure}", f"use it with {' or '.join(users)}"
-            )
-    runs = [source if isinstance(source, Results) else read_results(source) for source in results]
-    try:
-        runs = [run if layers is None else run.filter(layers) for run in runs]
-    except re.error as error:
-        raise UsageError(
-            Given("layers", layers), f"not a valid regular expression ({error})", "correct it"
-        ) from error
-    commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
-    if not any(map(drawable_records, runs)):
-        others = (
-            f"results of loradiag {commands} have no records of layers; show them with "
-            "loradiag inspect"
-        )
-        raise NothingComparedError(
-            f"no layer left to draw: {others if layers is None else f'no name matches {layers}'}"
-        )
+    _check_used("field", options["field"], "field", specs)
+    _check_used("show_rank", options["show_rank"], "rank", specs)
+    runs = _read_runs(results, layers)
+    files: tuple[str, ...] = ()
+    if not any(isinstance(source, Results) for source in results):
+        files = tuple(map(str, results))
     figure_options: FigureOptions = {
         "labels": options["label"],
         "width": options["width"],
         "per": options["per"],
         "field": options["field"],
         "rank": options["show_rank"],
-        "files": ()
-        if any(isinstance(source, Results) for source in results)
-        else tuple(map(str, results)),
+        "files": files,
         "plain": options["plain"],
     }
     drawn_figures: list[Drawn] = []
@@ -353,42 +330,100 @@ def plot(
             page = _make_page(spec.name, runs, figure_options)
         except UndrawableError as error:
             if figure not in {None, "all"}:
-                hint = (
-                    f"; measure them with {spec.made_by}"
-                    if spec.made_by and error.missing == "records"
-                    else ""
-                )
+                hint = ""
+                if spec.made_by and error.missing == "records":
+                    hint = f"; measure them with {spec.made_by}"
                 raise UsageError(Given("figure", spec.name), f"{error}{hint}") from error
             drawn_figures.append(replace(shown, reason=str(error), missing=error.missing))
             continue
         if target in pages:
-            reason = (
-                f"{path}: one file cannot hold several figures; choose one with --figure, or "
-                "give a folder"
-            )
+            problem = "one file cannot hold several figures"
+            reason = f"{path}: {problem}; choose one with --figure, or give a folder"
             drawn_figures.append(replace(shown, reason=reason))
             continue
         if folder_exists:  # checked for all files before the first is drawn
             check_output(target, KINDS[file_format], overwrite)
         pages[target] = page
         drawn_figures.append(replace(shown, path=target))
+    if not pages:
+        raise _make_nothing_drawn_error(drawn_figures, runs)
     for target, page in pages.items():
-        try:
-            target.parent.mkdir(exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{target}: cannot be written: {error.strerror}") from error
+        _make_folder_of(target)
         content = encode_figure(_draw(*page), file_format, options["width"])
         write_whole(target, content, KINDS[file_format], overwrite)
-    if not pages:
-        reasons = "; ".join(
-            f"{shown.name}: {shown.reason}" for shown in drawn_figures if shown.missing != "records"
-        )
-        others = (
-            f"no figure draws results of {commands}; show them with loradiag inspect or "
-            "loradiag report"
-        )
-        raise NothingComparedError(f"no figure can be drawn: {reasons or others}")
     return tuple(drawn_figures)
+
+
+def _make_folder_of(path: Path) -> None:
+    """Make the folder of a file unless it exists.
+
+    Raises:
+        InputError: It cannot be made.
+    """
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _check_used(option: str, value: object, used: str, specs: Sequence[FigureSpec]) -> None:
+    """Check that an option that is given is used by one of the figures.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if value is None or any(used in spec.options for spec in specs):
+        return
+    users = " or ".join(spec.name for spec in FIGURES if used in spec.options)
+    problem = f"not used by {specs[0].name}"
+    raise UsageError(Given(option, value), problem, f"use it with {users}")
+
+
+def _make_nothing_drawn_error(
+    drawn_figures: Sequence[Drawn], runs: Sequence[Results[Any]]
+) -> NothingComparedError:
+    """Return the error that no figure can be drawn, with the reasons that other values would
+    remove.
+    """
+    helpful = [shown for shown in drawn_figures if shown.missing != "records"]
+    reasons = "; ".join(f"{shown.name}: {shown.reason}" for shown in helpful)
+    others = (
+        f"no figure draws results of {_list_commands(runs)}; show them with loradiag inspect "
+        "or loradiag report"
+    )
+    return NothingComparedError(f"no figure can be drawn: {reasons or others}")
+
+
+def _read_runs(
+    results: Sequence[Results[Any] | Path | str], layers: str | None
+) -> list[Results[Any]]:
+    """Return results, limited to the layers whose name contains a match.
+
+    Raises:
+        UsageError: ``layers`` is no regular expression.
+        NothingComparedError: No record is left.
+    """
+    runs = [source if isinstance(source, Results) else read_results(source) for source in results]
+    if layers is not None:
+        try:
+            runs = [run.filter(layers) for run in runs]
+        except re.error as error:
+            raise UsageError(
+                Given("layers", layers), f"not a valid regular expression ({error})", "correct it"
+            ) from error
+    if not any(map(drawable_records, runs)):
+        reason = f"no name matches {layers}"
+        if layers is None:
+            reason = (
+                f"results of loradiag {_list_commands(runs)} have no records of layers; show them "
+                "with loradiag inspect"
+            )
+        raise NothingComparedError(f"no layer left to draw: {reason}")
+    return runs
+
+
+def _list_commands(runs: Sequence[Results[Any]]) -> str:
+    return ", ".join(dict.fromkeys(run.run.command for run in runs))
 
 
 def _choose_format(path: Path, single: bool, requested: str | None) -> str:
@@ -407,10 +442,8 @@ def _choose_format(path: Path, single: bool, requested: str | None) -> str:
             )
         return suffix
     # A folder's name may contain a dot, but the suffix of another image format is a mistake.
-    if (
-        suffix in {"jpg", "jpeg", "eps", "ps", "gif", "tif", "tiff", "webp", "html", "jsonl"}
-        and not path.is_dir()
-    ):
+    mistakes = {"jpg", "jpeg", "eps", "ps", "gif", "tif", "tiff", "webp", "html", "jsonl"}
+    if suffix in mistakes and not path.is_dir():
         raise UsageError(f"{path}: unsupported format; use .{', .'.join(FORMATS)}")
     return requested or "png"
 

@@ -107,24 +107,22 @@ class Grid:
         """
         if self.detail and not is_verbose():
             return []
-        names, limit = self.names[: self.most], self.most
-        columns = [replace(column, cells=column.cells[:limit]) for column in self.columns]
-        table = table_of(
-            self.title, names, columns, width, max(map(len, names), default=0) if limit else None
-        )
+        names = self.names[: self.most]
+        columns = [replace(column, cells=column.cells[: self.most]) for column in self.columns]
+        longest = max(map(len, names), default=0)
+        table = table_of(self.title, names, columns, width, longest if self.most else None)
+        parts: list[RenderableType] = [table]
+        if self.caption:
+            parts.insert(0, Text(self.caption, style="bold"))
         hidden = len(self.names) - len(names)
-        return [
-            *([Text(self.caption, style="bold")] if self.caption else []),
-            table,
-            *([Text(f"and {hidden} more")] if hidden else []),
-        ]
+        if hidden:
+            parts.append(Text(f"and {hidden} more"))
+        return parts
 
     def rows(self) -> list[tuple[str, list[str]]]:
         """Return the name and the cells of each row."""
-        cells = zip(*(column.cells for column in self.columns), strict=True)
-        return [
-            (name, [str(cell) for cell in row]) for name, row in zip(self.names, cells, strict=True)
-        ]
+        rows = zip(self.names, *(column.cells for column in self.columns), strict=True)
+        return [(name, list(map(str, cells))) for name, *cells in rows]
 
 
 def rows_of(records: Iterable[R], per: str) -> list[tuple[str, tuple[R, ...]]]:
@@ -137,9 +135,8 @@ def rows_of(records: Iterable[R], per: str) -> list[tuple[str, tuple[R, ...]]]:
     """
     groups: dict[str, list[R]] = {}
     for record in records:
-        groups.setdefault(
-            module_type_of(record.layer) if per == "type" else record.layer, []
-        ).append(record)
+        name = module_type_of(record.layer) if per == "type" else record.layer
+        groups.setdefault(name, []).append(record)
     rows = [(short(name), tuple(group)) for name, group in groups.items()]
     return sorted(rows, key=lambda row: type_order(row[1][0].layer)) if per == "type" else rows
 
@@ -164,22 +161,21 @@ def table_of(
     """
     longest = max(len(title), *map(len, names), 0)
     at_most = [column for column in columns if is_verbose() or not column.detail]
-    fitting = _drop_columns(
-        at_most, width, min(longest, keep or (_WIDE_NAME if width >= WIDE else _NAME))
-    )
+    keep = keep or (_WIDE_NAME if width >= WIDE else _NAME)
+    fitting = _drop_columns(at_most, width, min(longest, keep))
     room = min(longest, _room_for_names(fitting, width))
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold", caption_justify="left"
     )
-    if hidden := [column.title for column in at_most if column not in fitting]:
+    hidden = [column.title for column in at_most if column not in fitting]
+    if hidden:
         table.caption = f"not shown at {width} columns: {', '.join(hidden)}\n"
     table.add_column(title, no_wrap=True, width=room)
     for column in fitting:
         table.add_column(column.title, justify=column.justify, no_wrap=True, width=column.width)
-    for name, *cells in zip(
-        shorten_names(names, room), *(column.cells for column in fitting), strict=True
-    ):
-        table.add_row(name, *cells)
+    shortened = shorten_names(names, room)
+    for row in zip(shortened, *(column.cells for column in fitting), strict=True):
+        table.add_row(*row)
     return table
 
 
@@ -230,21 +226,16 @@ def _disambiguate(names: Sequence[str], width: int, used: Set[str]) -> list[str]
     lead = "…" if start else ""
     room = width - len(lead) - 1
 
-    def cuts(heads: Sequence[str]) -> list[str]:
-        return [
-            f"{lead}{head}…{name[len(name) - room + len(head) :]}"
-            for head, name in zip(heads, names, strict=True)
-        ]
+    def cut(head: str, name: str) -> str:
+        return f"{lead}{head}…{name[len(name) - room + len(head) :]}"
 
     tails = [name[start:] for name in names]
     head_parts = [[".".join([*tail.split(".")[:n], ""]) for tail in tails] for n in range(1, 4)]
     head_characters = [[tail[:n] for tail in tails] for n in range(1, room)]
     for heads in (*head_parts, *head_characters):
-        if (
-            max(map(len, heads)) < room
-            and len(set(result := cuts(heads))) == len(names)
-            and not used & set(result)
-        ):
+        result = [cut(head, name) for head, name in zip(heads, names, strict=True)]
+        is_distinct = len(set(result)) == len(names) and used.isdisjoint(result)
+        if is_distinct and max(map(len, heads)) < room:
             return result
     # No room for the differing part: use a number.
     return [
@@ -263,11 +254,10 @@ def _drop_columns(columns: Sequence[Column], width: int, name_width: int) -> lis
     as columns may be.
     """
     fitting = list(columns)
-    for position in sorted(
-        range(len(columns)), key=lambda position: (-columns[position].drop, -position)
-    ):
-        if columns[position].drop and _room_for_names(fitting, width) < name_width:
-            fitting = [column for column in fitting if column is not columns[position]]
+    order = sorted(enumerate(columns), key=lambda item: (-item[1].drop, -item[0]))
+    for _, dropped in order:
+        if dropped.drop and _room_for_names(fitting, width) < name_width:
+            fitting = [column for column in fitting if column is not dropped]
     return fitting
 
 
@@ -282,10 +272,14 @@ def columns_of(shown: Iterable[Shown], rows: Rows) -> list[Column]:
         rows: Rows with name and records.
     """
     groups = [group for _, group in rows]
-    columns = ((field.main, _make_column(field, groups)) for field in shown if field.in_terminal)
-    return [
-        column for main, column in columns if main or any(str(cell) != "-" for cell in column.cells)
-    ]
+    columns = []
+    for field in shown:
+        if not field.in_terminal:
+            continue
+        column = _make_column(field, groups)
+        if field.main or any(str(cell) != "-" for cell in column.cells):
+            columns.append(column)
+    return columns
 
 
 def record_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -295,10 +289,12 @@ def record_grids(results: Results[Any], per: str = "type") -> list[Grid]:
         results: The results.
         per: ``type`` for one row per module type, ``layer`` for one row per layer.
     """
-    kinds = dict.fromkeys(type(record) for record in results if isinstance(record, LayerRecord))
+    by_kind: dict[type[LayerRecord], list[Any]] = {}
+    for record in results:
+        if isinstance(record, LayerRecord):
+            by_kind.setdefault(type(record), []).append(record)
     grids = []
-    for kind in kinds:
-        records = [record for record in results if type(record) is kind]
+    for kind, records in by_kind.items():
         shown = kind.shown_of(results.run.settings, records)
         if any(field.in_terminal for field in shown):
             grids.append(grid_of(shown, rows_of(records, per), per))
@@ -324,11 +320,11 @@ def grid_of(
         about: What one reads from it.
         extra: Columns after the declared ones.
     """
-    sizes = (
-        [Column("n", tuple(str(len(group)) for _, group in rows), drop=1)] if per == "type" else []
-    )
-    columns = (*sizes, *columns_of(shown, rows), *extra)
-    return Grid(caption, title_of(per), tuple(name for name, _ in rows), columns, about)
+    columns = [*columns_of(shown, rows), *extra]
+    if per == "type":
+        sizes = tuple(str(len(group)) for _, group in rows)
+        columns.insert(0, Column("n", sizes, drop=1))
+    return Grid(caption, title_of(per), tuple(name for name, _ in rows), tuple(columns), about)
 
 
 def grids_table(
@@ -348,9 +344,8 @@ def grids_table(
         next_command: The suggested next command, printed last; None without one.
     """
     tables = [part for grid in grids for part in grid.render(width)]
-    return to_text(
-        Group(*drop_repeated_captions(tables), summary_of(statements, next_command)), width, color
-    )
+    summary = summary_of(statements, next_command)
+    return to_text(Group(*drop_repeated_captions(tables), summary), width, color)
 
 
 def _make_printable(cell: str | Text) -> str | Text:
@@ -361,34 +356,40 @@ def _make_printable(cell: str | Text) -> str | Text:
 
 
 def _make_column(shown: Shown, groups: Sequence[Sequence[Any]]) -> Column:
-    is_text = any(
-        isinstance(value_at(record, shown.path), str) for group in groups for record in group
-    )
+    values = [value_at(record, shown.path) for group in groups for record in group]
+    is_text = any(isinstance(value, str) for value in values)
     cells = tuple(_make_cell(shown, group) for group in groups)
-    return Column(
-        shown.head or shown.title, cells, "left" if is_text else "right", shown.drop, shown.detail
-    )
+    justify: Literal["left", "right"] = "left" if is_text else "right"
+    return Column(shown.head or shown.title, cells, justify, shown.drop, shown.detail)
 
 
 def _make_cell(shown: Shown, group: Sequence[Any]) -> str | Text:
     """Return the cell of several records, with error, random baseline and mark."""
     if shown.pool == "ends":
-        return ends(
-            [item for record in group for item in value_at(record, shown.path) or ()], shown.form
-        )
+        values: list[Any] = []
+        for record in group:
+            values += value_at(record, shown.path) or ()
+        return ends(values, shown.form)
     value = pooled_value(shown, group)
     if value is None:
         return "-"
     text = safe(value) if isinstance(value, str) else written(value, shown.form, shown.share)
     known = [record for record in group if shown.value(record) is not None]
-    if shown.error and (error := _median_value(known, shown.error)) is not None:
+    error = _median_value(known, shown.error)
+    if error is not None:
         text += plus_minus(error)
-    if shown.chance and (chance := _median_value(known, shown.chance)) is not None:
+    chance = _median_value(known, shown.chance)
+    if chance is not None:
         text += f" ({written(chance, shown.form, shown.share)})"
-    text += shown.mark(group) if shown.mark else ""
+    if shown.mark:
+        text += shown.mark(group)
     return Text(text, style=shown.style(value)) if shown.style else text
 
 
 def _median_value(records: Sequence[Any], path: str) -> float | None:
-    values = [value for record in records if (value := value_at(record, path)) is not None]
-    return median(values) if values else None
+    """Return the median of the known values of a field; None without any or without a path."""
+    if not path:
+        return None
+    values = [value_at(record, path) for record in records]
+    known = [value for value in values if value is not None]
+    return median(known) if known else None

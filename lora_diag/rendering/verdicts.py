@@ -17,7 +17,7 @@ from rich.text import Text
 
 from lora_diag.records import Results, RunInput
 from lora_diag.records.names import module_type_of
-from lora_diag.records.verdict import STATUSES, WORST_FIRST, Status, Verdict, outcome
+from lora_diag.records.verdict import WORST_FIRST, Status, Verdict, outcome
 from lora_diag.rendering.html import escape_markdown
 from lora_diag.rendering.tables import Column, Grid
 from lora_diag.rendering.text import crop, number, quantity, safe, short
@@ -159,19 +159,20 @@ def verdict_grid(shown: Sequence[Verdict], width: int) -> Grid:
     """
     groups = [crop(safe(verdict.group), width // 4) for verdict in shown]
     is_whole = all(verdict.layer is None for verdict in shown) and any(groups)
-    names, statuses, rules, conditions = [], [], [], []
+    names = []
+    conditions = []
     before = None
     for verdict, group in zip(shown, groups, strict=True):
         name = short(verdict.layer) if verdict.layer else ""
         if is_whole:
             name = group
         names.append(name or "all layers")
-        statuses.append(Text(verdict.status, style=STATUSES[verdict.status].style))
-        rules.append(crop(safe(verdict.rule), max(8, width // 5)))
         condition = (verdict.rule, verdict.allowed)
         allowed = "" if condition == before else safe(verdict.allowed)
         conditions.append(Text(textwrap.fill(allowed, max(8, width // 4))))
         before = condition
+    statuses = [Text(verdict.status, style=verdict.display.style) for verdict in shown]
+    rules = [crop(safe(verdict.rule), max(8, width // 5)) for verdict in shown]
     columns = (
         Column("status", tuple(statuses), "left"),
         Column("rule", tuple(rules), "left"),

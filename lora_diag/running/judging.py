@@ -27,10 +27,6 @@ class Contender(Protocol):
     """A model whose losses are measured."""
 
     @property
-    def label(self) -> str:
-        """Its name, for progress and errors."""
-
-    @property
     def fields(self) -> Mapping[str, Any]:
         """The fields that distinguish its records from those of other contenders."""
 
@@ -54,7 +50,7 @@ class NamedModel:
 
     @property
     def label(self) -> str:
-        """Its name, for progress and errors."""
+        """Its name, for progress."""
         return self.name or self.subject
 
     @property
@@ -79,7 +75,7 @@ class Judge(Generic[C]):
         run: The run, with the open model.
         texts: The evaluation sets.
         records: The records of the run.
-        ends: The contenders that all are compared with, BASE first.
+        ends: The contenders that all are compared with: BASE, or BASE and TUNED.
         measure: Puts a contender's weights into the model; returns its losses on every set.
         make_record: ``make_record(contender, texts, losses, *ends)`` returns the record of a
             contender on a set, from its losses there and those of the ends.
@@ -110,9 +106,9 @@ class Judge(Generic[C]):
         self.run.watch.total = count * self.run.batches(self.texts)
         work = f"{count} losses on {quantity(len(self.texts), 'set')}"
         self.run.estimate(self.texts[0], work, note)
-        for end in self.ends:
+        for name, end in zip(("BASE", "TUNED"), self.ends, strict=False):
             losses = self.measure(end)
-            require_finite(end.label, losses)
+            require_finite(name, losses)
             self.found.append(losses)
         for end, losses in zip(self.ends, self.found, strict=True):
             self._put(end, losses)

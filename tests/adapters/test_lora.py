@@ -84,6 +84,18 @@ def test_square_weight_follows_namesakes_neighbours_then_flag(tmp_path, others, 
     )
 
 
+def test_pairing_keeps_own_names_of_whole_weights(tmp_path):
+    expert = "layers.0.mlp.experts.1.down_proj"
+    factors = {f"{expert}.lora_A": normal(2, 6), f"{expert}.lora_B": normal(4, 2)}
+    on = base(tmp_path, {"model.fc.weight": W, "layers.0.mlp.experts.down_proj": normal(2, 4, 6)})
+    pairing, _ = open_adapter(adapter(tmp_path, PAIR | factors)).pair(open_checkpoint(on))
+    assert {delta.layer for delta in pairing.deltas} == {
+        "model.fc.weight",
+        "layers.0.mlp.experts.down_proj[1]",
+    }
+    assert pairing.own_names == {"model.fc.weight": "fc.weight"}
+
+
 def test_grown_vocabulary_lists_new_and_compares_common_rows(tmp_path):
     a, b = normal(2, 20), normal(6, 2)
     path = adapter(

@@ -16,8 +16,10 @@ from lora_diag.metrics.statistics import (
     MAX_RUNS,
     Estimate,
     blocked_variance,
+    degrees_of_freedom,
     fit_line,
     p_value,
+    paired_half,
     runs_needed,
     spearman,
     spearman_interval,
@@ -190,3 +192,11 @@ def test_lack_of_fit_is_uniform_for_lines_and_small_for_curves():
     share = np.mean([lack(0.0) < 0.05 for _ in range(400)])
     assert 0.02 <= share <= 0.09
     assert np.mean([lack(1.0) < 0.05 for _ in range(50)]) > 0.9
+
+
+def test_paired_half_holds_for_all_comparisons_together():
+    freedom = degrees_of_freedom(40)
+    for comparisons in (1, 3):
+        expected = 0.1 * stats.t.ppf(1 - 0.05 / 2 / comparisons, freedom)
+        assert paired_half(0.1, 40, comparisons) == pytest.approx(expected)
+    assert paired_half(None, 40, 3) is None

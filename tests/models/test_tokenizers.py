@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_diag.errors import InputError
-from lora_diag.models.opening import open_model, open_tokens
+from lora_diag.models.opening import open_model, open_tokenizer
 from tests.conftest import ROOT
 from tests.messages import assert_names, raises_naming
 
@@ -53,7 +53,7 @@ def test_damaged_tokenizer_names_its_file(
     folder = shutil.copytree(BASE, tmp_path / "base")
     path = tokenizer(folder, DAMAGED[kind])
     with raises_naming(InputError, str(path)):
-        open_tokens(folder)
+        open_tokenizer(folder)
     assert capfd.readouterr() == ("", "")
 
 
@@ -68,20 +68,20 @@ def test_other_damaged_vocabulary_is_not_replaced(tmp_path: Path, name: str) -> 
     folder = shutil.copytree(BASE, tmp_path / "base")
     (folder / name).write_bytes(b"\0\1garbage")
     with raises_naming(InputError, name):
-        open_tokens(folder)
+        open_tokenizer(folder)
 
 
 def test_whole_tokenizer_is_used(tmp_path: Path) -> None:
     folder = shutil.copytree(BASE, tmp_path / "base")
     tokenizer(folder, {})
-    assert open_tokens(folder).tokens.ids("abz") == [1, 2, 26]
+    assert open_tokenizer(folder).tokens.ids("abz") == [1, 2, 26]
 
 
 def test_tokenizer_that_fails_on_a_text_names_its_file(tmp_path: Path) -> None:
     letters = set("The year 1936.a")
     vocabulary = {letter: index for index, letter in enumerate(sorted(letters))}
     path = tokenizer(tmp_path, {"model": {**WORDS, "vocab": vocabulary}})
-    tokens = open_tokens(BASE, tokenizer=str(tmp_path)).tokens
+    tokens = open_tokenizer(BASE, tokenizer=str(tmp_path)).tokens
     assert len(tokens.ids("a year")) == 6
     with raises_naming(InputError, str(path)):
         tokens.ids("Z")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_diag.decisions.allocate.peft_config import make_config
-from lora_diag.probes.sweep.verdict import AtRank, Swept, judge
+from lora_diag.probes.sweep.verdict import AtRank, Swept, judge_sweep
 from lora_diag.records import Probe
 from lora_diag.tuning.figures import Point, frontier
 from lora_diag.tuning.trials import (
@@ -90,7 +90,7 @@ def test_contest_rejects_gain_with_loss_on_shifted_set():
 
 def swept(two, eight):
     rows = [AtRank(2, 1e-2, dict(enumerate(two))), AtRank(8, 1e-3, dict(enumerate(eight)))]
-    return Swept("held", (), rows, {}, None, judge(rows, 2.0, 0.02), 0.02)
+    return Swept("held", (), rows, {}, None, judge_sweep(rows, 2.0, 0.02), 0.02)
 
 
 def test_rank_choice_follows_verdict_or_is_marked():

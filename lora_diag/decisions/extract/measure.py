@@ -256,22 +256,20 @@ def _extract(
     if change.is_unrelated(layer.shape):
         detail = "TUNED is unrelated to BASE here, so that their difference is no update"
         return leave_out(layer.delta, "unrelated", detail, fro=change.fro, base_fro=change.base_fro)
-    weighted = (
-        weigh(change, layer.delta, layer.weighting, device) if layer.weighting is not None else None
-    )
-    as_stored, hidden = change, None
+    weighted = data = lengthened = hidden = None
+    if layer.weighting is not None:
+        weighted = weigh(change, layer.delta, layer.weighting, device)
+    as_stored = change
     if settings.recover and isinstance(layer.delta, StoredDelta) and change.fro:
         change, hidden = _estimate_before_rounding(change, layer.delta, settings, device)
-    best, spectrum = _decompose(
-        change if weighted is None else weighted.change, layer, settings, weighted, hidden
-    )
+    decomposed = change if weighted is None else weighted.change
+    best, spectrum = _decompose(decomposed, layer, settings, weighted, hidden)
     if not math.isfinite(best.fro):
         return not_finite(layer.delta, PRODUCT_OVERFLOW)
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
     if rank == 0 or best.fro == 0.0:
-        return _explain_missing_factors(
-            layer, change, best.fro if weighted is None else weighted.plain_fro, best.fro
-        )
+        plain_fro = best.fro if weighted is None else weighted.plain_fro
+        return _explain_missing_factors(layer, change, plain_fro, best.fro)
     plain = factors = best
     if change is not as_stored:
         spectrum = as_stored.decompose(settings.method, tol=settings.tol, seed=settings.seed)
@@ -280,21 +278,13 @@ def _extract(
         plain = spectrum = change.decompose(
             settings.method, rank, False, settings.tol, settings.seed
         )
-    curve, lengthened = _compute_curve(plain, rank), None
+    curve = _compute_curve(plain, rank)
     if settings.match_norm:
         lengthened = plain.fro / float(torch.linalg.vector_norm(factors.s[:rank]))
         factors = replace(factors, s=factors.s * lengthened)
-    parts = split_factors(factors, rank, layer.transposed, settings.split)
-    b, a = store(*(part.to(dtype=getattr(torch, settings.dtype)).cpu() for part in parts))
-    if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
-        fix = (
-            "exclude it with $exclude"
-            if settings.dtype == "float32"
-            else "use $adapter_dtype float32"
-        )
-        raise InputError(layer.layer, f"{settings.dtype} cannot hold its factors", fix)
-    if layer.transposed:
-        b, a = a.T, b.T
+    b, a = _store_factors(factors, rank, layer, settings, store)
+    if weighted is not None:
+        data = _error_on_data(weighted, best, rank, (b.to(device), a.to(device)), layer)
     return Extraction(
         cosine_to_base=change.cosine_to_base,
         layer=layer.layer,
@@ -315,10 +305,26 @@ def _extract(
         blocks=change.row_blocks,
         resolution=resolution(as_stored.rounding, spectrum),
         hidden=hidden,
-        data=None
-        if weighted is None
-        else _error_on_data(weighted, best, rank, (b.to(device), a.to(device)), layer),
+        data=data,
     )
+
+
+def _store_factors(
+    factors: Factors, rank: int, layer: ExtractLayer, settings: ExtractionSettings, store: Store
+) -> tuple[Tensor, Tensor]:
+    """Write the factors of a layer, and return them as stored, with B·A as ΔW is stored in BASE.
+
+    Raises:
+        InputError: The dtype cannot hold them.
+    """
+    parts = split_factors(factors, rank, layer.transposed, settings.split)
+    b, a = store(*(part.to(dtype=getattr(torch, settings.dtype)).cpu() for part in parts))
+    if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
+        fix = "use $adapter_dtype float32"
+        if settings.dtype == "float32":
+            fix = "exclude it with $exclude"
+        raise InputError(layer.layer, f"{settings.dtype} cannot hold its factors", fix)
+    return (a.T, b.T) if layer.transposed else (b, a)
 
 
 def _estimate_before_rounding(

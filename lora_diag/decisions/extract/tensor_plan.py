@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lora_diag.adapters import Adapter
 from lora_diag.adapters.writing import (
     CAUSAL,
     Described,
@@ -19,12 +17,7 @@ from lora_diag.adapters.writing import (
     list_full_values,
     write_adapter,
 )
-from lora_diag.adapters.writing_targets import (
-    VERIFIED_MODELS,
-    MemoryModel,
-    PeftTarget,
-    names_in_memory,
-)
+from lora_diag.adapters.writing_targets import VERIFIED_MODELS, MemoryModel, PeftTarget
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.decisions.extract.measure import measure_left_out
 from lora_diag.deltas import Delta, Pairing, stored_name
@@ -185,12 +178,7 @@ class TensorPlan:
         )
 
 
-def plan_tensors(
-    compared: Comparison,
-    save: bool,
-    portable: bool = False,
-    others: Sequence[Checkpoint | Adapter] = (),
-) -> TensorPlan:
+def plan_tensors(compared: Comparison, save: bool, portable: bool = False) -> TensorPlan:
     """Return the treatment of all tensors.
 
     Args:
@@ -199,15 +187,10 @@ def plan_tensors(
         save: Whether to store tensors without factors in full; a resized vocabulary then gets no
             factors.
         portable: Whether only matrices that all programs scale equally get factors.
-        others: Further updates with layers in the pairing.
     """
     base, tuned, pairing = compared.base, compared.update, compared.pairing
     assert base is not None
-    adapters = [update for update in (*others, tuned) if isinstance(update, Adapter)]
-    model = MemoryModel(
-        base,
-        dict(chain.from_iterable(names_in_memory(adapter, base).items() for adapter in adapters)),
-    )
+    model = MemoryModel(base, pairing.own_names)
     resized = {
         item.layer for item in pairing.unpaired if item.reason in {"added_rows", "removed_rows"}
     }

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.decisions.merge import JudgeOptions, MergeMethod
+from lora_diag.decisions.merge import JudgeOptions, MergeMethod, MergeOptions
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, write_merge
 from lora_diag.decisions.merge.record import MergedLoss
 from lora_diag.deltas import Delta, FactoredDelta, Side, StoredDelta
@@ -35,7 +35,7 @@ from lora_diag.records import RunInput
 from lora_diag.rendering.text import quantity
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.judging import require_finite
-from lora_diag.running.options import list_options
+from lora_diag.running.options import select_options
 from lora_diag.running.probing import ProbeRun, describe_texts
 from lora_diag.running.updates import tuned_path
 
@@ -116,15 +116,13 @@ class MergeJudge:
 
     def __init__(
         self,
-        options: Mapping[str, Any],
+        options: MergeOptions,
         base: Path | str,
         compared: Sequence[Comparison],
         names: Sequence[str],
     ) -> None:
         tasks = read_tasks(options["eval"], names)
-        own = {name: options[name] for name in list_options(JudgeOptions)} | {
-            "eval": [path for _, path in tasks]
-        }
+        own = {**select_options(JudgeOptions, options), "eval": [path for _, path in tasks]}
         self._options, self._base, self._compared = options, base, compared
         self._run = ProbeRun("merge", own, JudgeOptions)
         self._run.check_files(base)

@@ -141,9 +141,13 @@ def merge(
         delta.layer: delta for each in reversed(compared) for delta in each.pairing.deltas
     }  # the first's count
     skipped = list_unmeasured(compared, {layer.layer for layer in aligned})
+    own_names: dict[str, str] = {}
+    for each in (*compared[1:], compared[0]):
+        own_names.update(each.pairing.own_names)
     pairing = Pairing(
         tuple(sorted(deltas.values(), key=lambda delta: natural_order(delta.layer))),
         skipped.unpaired,
+        own_names,
     )
     sides = _find_sides(pairing, base) if full or options["eval"] else {}
     planned = None
@@ -153,9 +157,7 @@ def merge(
         ]
     else:
         first = replace(compared[0], pairing=pairing)
-        planned = plan_tensors(
-            first, False, portable or form != PEFT, [other.update for other in compared[1:]]
-        )
+        planned = plan_tensors(first, save=False, portable=portable or form != PEFT)
         targets = planned.targets
         check_layout(form, list(map(place_target, targets.values())), opened)
         kept = [(item, targets[item.layer].transposed) for item in aligned if item.layer in targets]

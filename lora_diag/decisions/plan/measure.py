@@ -347,11 +347,11 @@ def _estimate_capacity(
         return None
     # deferred: imports transformers
     from lora_diag.models.data import count_predictions, read_texts
-    from lora_diag.models.opening import open_tokens
+    from lora_diag.models.opening import open_tokenizer
 
     path = as_path(base)
     folder = path.parent if path.suffix == ".json" else base
-    model = open_tokens(folder, options["length"], options["tokenizer"])
+    model = open_tokenizer(folder, options["length"], options["tokenizer"])
     texts = read_texts(options["data"], model)
     tokens = count_predictions(texts, model)
     return PlanCapacity(

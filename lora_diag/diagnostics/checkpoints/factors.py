@@ -61,7 +61,7 @@ class LayerSeries:
 
 
 @dataclass(frozen=True, slots=True)
-class Factors:
+class UpdateFactors:
     """The factors of one update ΔW = s·B·A.
 
     Args:
@@ -111,7 +111,7 @@ class Evolution:
     kinship: Sequence[float | None] = ()
 
 
-def measure_factors(steps: Sequence[Factors], directions: int) -> Evolution | None:
+def measure_factors(steps: Sequence[UpdateFactors], directions: int) -> Evolution | None:
     """Measure the updates of one layer at successive steps.
 
     Args:
@@ -205,7 +205,7 @@ def _inner(left: Array, right: Array) -> Array:
     return np.asarray(np.einsum("ipjq,ipjq->ij", left, right), np.float64)
 
 
-def _compare_entries(before: Factors, after: Factors) -> float:
+def _compare_entries(before: UpdateFactors, after: UpdateFactors) -> float:
     """Return the fraction of the entries of both factors, B scaled, that are equal."""
     if before.b.shape != after.b.shape:
         return 0.0

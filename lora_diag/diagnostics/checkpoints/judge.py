@@ -40,6 +40,7 @@ import torch
 from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import Delta, DenseDelta, row_spans
+from lora_diag.diagnostics.checkpoints import CheckpointsOptions
 from lora_diag.diagnostics.checkpoints.factors import Array
 from lora_diag.diagnostics.checkpoints.held_out import choose_checkpoints, compare_combinations
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer, Combination, group_by
@@ -50,13 +51,13 @@ from lora_diag.layers.change import load_addend
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, LossesBySet
-from lora_diag.models.opening import open_tokens
+from lora_diag.models.opening import open_tokenizer
 from lora_diag.models.swapping import Swapped
 from lora_diag.records import Probe
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import compare
 from lora_diag.running.judging import Judge, NamedModel, list_missing
-from lora_diag.running.options import ProbeOptions, Shifted, list_options
+from lora_diag.running.options import ProbeOptions, Shifted, select_options
 from lora_diag.running.probing import ProbeRun, describe_texts
 from lora_diag.running.progress import RunRecords
 
@@ -120,19 +121,21 @@ class CombinationRule:
         return np.asarray(weights / weights.sum(), np.float64)
 
 
-def read_rules(options: Mapping[str, Any], count: int) -> list[CombinationRule]:
+def read_rules(options: CheckpointsOptions, count: int) -> list[CombinationRule]:
     """Return the rules of the options.
 
     Args:
-        options: Options with the names of ``RULES``.
+        options: All options.
         count: T, the number of checkpoints.
 
     Raises:
         UsageError: A rule is unknown, or its number is missing or out of range.
     """
     rules = []
-    for option, defaults in RULES.items():
-        for text in options[option]:
+    requested = {"average": options["average"], "extrapolate": options["extrapolate"]}
+    for option, texts in requested.items():
+        defaults = RULES[option]
+        for text in texts:
             found = re.fullmatch(r"(\w+)(?::(\d*\.?\d+))?", text)
             kind, given = found.groups() if found else ("", None)
             number = defaults.get(kind, math.nan) if given is None else float(given)
@@ -196,15 +199,14 @@ class CheckpointJudge:
         InputError: A text does not exist or cannot be read, or transformers cannot open BASE.
     """
 
-    def __init__(self, options: Mapping[str, Any], base: Path | str, steps: Sequence[Step]) -> None:
+    def __init__(
+        self, options: CheckpointsOptions, base: Path | str, steps: Sequence[Step]
+    ) -> None:
         self._options, self._base, self._steps = options, base, steps
-        self._run = ProbeRun(
-            "checkpoints",
-            {name: options[name] for name in list_options(JudgeOptions)},
-            JudgeOptions,
-        )
+        own = select_options(JudgeOptions, options)
+        self._run = ProbeRun("checkpoints", own, JudgeOptions)
         self._run.check_files(base)
-        self._run.model = open_tokens(base, options["length"], options["tokenizer"])
+        self._run.model = open_tokenizer(base, options["length"], options["tokenizer"])
         sets, stored = self._run.read_sets(), open_checkpoint(base)
         self._run.params = sum(math.prod(stored[name].shape) for name in stored)
         models = 1 + len(steps) + len(read_rules(options, len(steps)))
@@ -213,7 +215,8 @@ class CheckpointJudge:
         self.settings = {
             **self._run.model_settings,
             "device": resolve_device(options["device"]).type,
-            **{name: list(options[name]) for name in RULES},
+            "average": list(options["average"]),
+            "extrapolate": list(options["extrapolate"]),
         }
 
     def judge(self, records: RunRecords[CheckpointLayer]) -> None:

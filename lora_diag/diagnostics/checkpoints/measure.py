@@ -17,13 +17,13 @@ from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, natural_or
 from lora_diag.diagnostics.checkpoints import CheckpointsOptions, factors
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
 from lora_diag.diagnostics.checkpoints.series import (
-    Series,
+    CheckpointSeries,
     Step,
     find_series,
     holds_weights,
     list_checkpoints,
 )
-from lora_diag.diagnostics.checkpoints.verdict import judge, pool_checkpoints
+from lora_diag.diagnostics.checkpoints.verdict import judge_trajectory, pool_checkpoints
 from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.metrics.energy import effective_rank, energy_curve, stable_rank
 from lora_diag.records import Probe, Results
@@ -72,7 +72,7 @@ def measure_layer(
             append_note(record, note) for record in make_records(task, settings, *measured)
         )
     thin = [delta.thin for delta in task.deltas if is_thin(delta) and delta.thin is not None]
-    read = [factors.Factors(each.read_b(), each.read_a(), each.read_scale()) for each in thin]
+    read = [factors.UpdateFactors(each.read_b(), each.read_a(), each.read_scale()) for each in thin]
     problems = [each.find_problem() for each in read]
     finite = [each for each, problem in zip(read, problems, strict=True) if problem is None]
     base_fro = None
@@ -341,7 +341,7 @@ def _require_adapters(steps: Sequence[Step]) -> None:
 
 def _conclude(
     steps: Sequence[Step],
-    series: Series,
+    series: CheckpointSeries,
     judged: CheckpointJudge | None,
     records: RunRecords[CheckpointLayer],
 ) -> None:
@@ -350,7 +350,7 @@ def _conclude(
         judged.judge(records)
     probes = [record for record in records.records if isinstance(record, Probe)]
     checkpoints = pool_checkpoints(steps, series, records.layers, probes)
-    records.put(*checkpoints, judge(records.layers, checkpoints))
+    records.put(*checkpoints, judge_trajectory(records.layers, checkpoints))
 
 
 def measure_run(

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from lora_diag.catalog import read_results
 from lora_diag.deltas import natural_order, selector
-from lora_diag.diagnostics.checkpoints.factors import Array, Factors
+from lora_diag.diagnostics.checkpoints.factors import Array, UpdateFactors
 from lora_diag.diagnostics.checkpoints.measure import OVERFLOW, describe_increment, describe_values
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer, RunCheckpoint, group_by
 from lora_diag.diagnostics.checkpoints.series import MONITOR, Step, make_series
 from lora_diag.diagnostics.checkpoints.trainer import collect_log
-from lora_diag.diagnostics.checkpoints.verdict import SPIKED, judge, pool_checkpoints
+from lora_diag.diagnostics.checkpoints.verdict import SPIKED, judge_trajectory, pool_checkpoints
 from lora_diag.errors import LoradiagError, UsageError
 from lora_diag.files import RESULTS, check_output, lock
 from lora_diag.linalg.exact import decompose_factored
@@ -168,7 +168,7 @@ class _ShapeGroup:
                 fields |= describe_increment(square[i] if is_known else None, earlier, product[i])
                 fields["relative"] = fro / base_fro if base_fro else None
             else:
-                problem = Factors(
+                problem = UpdateFactors(
                     b[i].double().cpu().numpy(), a[i].double().cpu().numpy()
                 ).find_problem()
                 fields = {"fro": None, "non_finite": problem or OVERFLOW}
@@ -575,7 +575,7 @@ class LoraMonitor(TrainingCallback):
     def _warn(self, checkpoint: RunCheckpoint) -> set[str]:
         """Return the rules that hold now, and warn of those that hold for the first time."""
         moments = [*self._recent, (checkpoint, self._pending)]
-        run = judge(
+        run = judge_trajectory(
             [record for _, group in moments for record in group], [each for each, _ in moments]
         )
         found = {rule: list(layers) for rule, layers in run.affected.items() if layers}

@@ -64,7 +64,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Series:
+class CheckpointSeries:
     """The checkpoints of a run, and what the trainer logged by step.
 
     Args:
@@ -146,7 +146,7 @@ def holds_weights(folder: Path) -> bool:
     )
 
 
-def find_series(paths: Sequence[Path | str]) -> Series:
+def find_series(paths: Sequence[Path | str]) -> CheckpointSeries:
     """Return the checkpoints of a run in the order of their steps.
 
     Args:
@@ -221,9 +221,9 @@ def _choose_step(path: Path, log: Log) -> int:
 
 def make_series(
     steps: Sequence[Step], final: Step | None, log: Log, foreign: Set[int] = frozenset()
-) -> Series:
+) -> CheckpointSeries:
     """Return the checkpoints of a run with what its trainer logged."""
     values = log.values
-    return Series(
+    return CheckpointSeries(
         tuple(steps), final, values["loss"], values["eval_loss"], values["learning_rate"], foreign
     )

@@ -28,7 +28,7 @@ from lora_diag.diagnostics.checkpoints.record import (
 )
 from lora_diag.diagnostics.checkpoints.series import MONITOR, list_checkpoints
 from lora_diag.diagnostics.checkpoints.trainer import read_log
-from lora_diag.diagnostics.checkpoints.verdict import APART, GROWING, judge
+from lora_diag.diagnostics.checkpoints.verdict import APART, GROWING, judge_trajectory
 from lora_diag.errors import InputError, NothingComparedError
 from lora_diag.feature import Hint
 from lora_diag.records import Results, is_results_file
@@ -65,7 +65,9 @@ def checkpoints_lines(results: Results[CheckpointLayer]) -> list[Statement]:
     checkpoints = results.whole_of(RunCheckpoint)
     if not checkpoints:
         return summarize(results)
-    run = next(iter(results.whole_of(Trajectory)), None) or judge(results.layers, checkpoints)
+    run = next(iter(results.whole_of(Trajectory)), None) or judge_trajectory(
+        results.layers, checkpoints
+    )
     problems = list(_describe_problems(run, checkpoints))
     movement = _describe_movement(run)
     if problems:

@@ -32,7 +32,7 @@ from lora_diag.diagnostics.checkpoints.record import (
     Trajectory,
     group_by,
 )
-from lora_diag.diagnostics.checkpoints.series import Series, Step
+from lora_diag.diagnostics.checkpoints.series import CheckpointSeries, Step
 from lora_diag.records import Probe
 from lora_diag.rendering.text import middle
 from lora_diag.running.fingerprint import legible
@@ -85,7 +85,7 @@ GROWING = 0.02
 
 def pool_checkpoints(
     steps: Sequence[Step],
-    series: Series,
+    series: CheckpointSeries,
     layers: Sequence[CheckpointLayer],
     probes: Sequence[Probe] = (),
 ) -> list[RunCheckpoint]:
@@ -158,7 +158,9 @@ def pool_layers(
     }
 
 
-def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[RunCheckpoint]) -> Trajectory:
+def judge_trajectory(
+    layers: Sequence[CheckpointLayer], checkpoints: Sequence[RunCheckpoint]
+) -> Trajectory:
     """Return the record of the run as a whole.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_diag.adapters import locate
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.deltas import Delta, FactoredDelta, StoredDelta, row_blocks
+from lora_diag.deltas import Delta, FactoredDelta, StoredDelta
 from lora_diag.diagnostics.geometry import GeometryOptions
 from lora_diag.diagnostics.geometry.lens import DIRECTIONS, find_tables, look_through
 from lora_diag.diagnostics.geometry.movement import MovementFrame, measure_movement, pool_draws
@@ -35,7 +35,7 @@ from lora_diag.diagnostics.intruders.measure import (
     make_intruders,
 )
 from lora_diag.diagnostics.intruders.record import Intruders
-from lora_diag.layers.change import Change, form_tuned, join_blocks, load_change, measure_on_device
+from lora_diag.layers.change import Change, form_tuned, load_with_base, measure_on_device
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, leave_out, not_finite
 from lora_diag.linalg.difference import norm
@@ -44,7 +44,6 @@ from lora_diag.linalg.methods import (
     Allowance,
     check_request,
     decompose,
-    require_memory,
     whole_bytes,
 )
 from lora_diag.linalg.rotation import Spaces, bound_space_error, principal_angles
@@ -115,15 +114,11 @@ def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> 
     """Return the record of a layer with a weight in BASE, measured on this device; see
     ``measure_layer``.
     """
-    if settings.memory is not None and device.type == "cpu":
-        needed = max_bytes(delta, settings)
-        use = "both weights, their singular vectors and a baseline take"
-        require_memory(needed, settings.memory, delta.shape, use, "$exclude it")
-    change = load_change(delta, device)
-    if change.non_finite is not None:
-        return not_finite(delta, change.non_finite)
-    assert delta.base is not None
-    weight = join_blocks(row_blocks(delta.base, delta.shape), device).double()
+    use = "both weights, their singular vectors and a baseline take"
+    loaded = load_with_base(delta, device, settings.memory, max_bytes(delta, settings), use)
+    if isinstance(loaded, str):
+        return not_finite(delta, loaded)
+    change, weight = loaded[0], loaded[1].double()
     update = form_tuned(delta, change, weight, device).double() - weight
     fro = norm([update])
     if not math.isfinite(fro):
@@ -152,6 +147,7 @@ def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> 
     chance = _measure_chance(frame, fro, draws, random)
     stored = _find_format(delta, change)
     rounding = _measure_rounding(frame, update, stored, draws, random)
+    assert delta.base is not None
     heads = list_heads(delta.layer, delta.shape, delta.base.checkpoint.config)
     return Geometry(
         **common,

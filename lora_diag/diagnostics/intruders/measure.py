@@ -12,15 +12,14 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from lora_diag.deltas import Delta, DenseDelta, row_blocks
+from lora_diag.deltas import Delta, DenseDelta
 from lora_diag.diagnostics.intruders import IntruderOptions
 from lora_diag.diagnostics.intruders.record import Direction, Intruders
 from lora_diag.errors import Given, UsageError
 from lora_diag.layers.change import (
     COMPUTED_ENTRY_BYTES,
     form_tuned,
-    join_blocks,
-    load_change,
+    load_with_base,
     measure_on_device,
 )
 from lora_diag.layers.task import LayerSettings, leave_out, not_finite
@@ -29,7 +28,6 @@ from lora_diag.linalg.methods import (
     Allowance,
     check_request,
     decompose,
-    require_memory,
     whole_bytes,
 )
 from lora_diag.metrics.subspaces import below_at_random, classify_direction, similarity_at_random
@@ -100,18 +98,11 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
     """Return the record of a layer with a weight in BASE, measured on this device; see
     ``measure_layer``.
     """
-    if (
-        settings.memory is not None and device.type == "cpu"
-    ):  # the limit applies to the machine's memory
-        description = "both weights with all singular vectors of BASE take"
-        require_memory(
-            max_bytes(delta, settings), settings.memory, delta.shape, description, "$exclude it"
-        )
-    change = load_change(delta, device)
-    if change.non_finite is not None:
-        return not_finite(delta, change.non_finite)
-    assert delta.base is not None
-    before = join_blocks(row_blocks(delta.base, delta.shape), device)
+    use = "both weights with all singular vectors of BASE take"
+    loaded = load_with_base(delta, device, settings.memory, max_bytes(delta, settings), use)
+    if isinstance(loaded, str):
+        return not_finite(delta, loaded)
+    change, before = loaded
     after = form_tuned(delta, change, before, device)
     fro = change.fro if change.fro is not None else norm(change.blocks(delta.shape))
     if not (after.isfinite().all() and math.isfinite(fro)):

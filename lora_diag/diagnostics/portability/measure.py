@@ -92,7 +92,7 @@ class Judged:
         return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, shape[0])
 
 
-def judge(task: Judged, settings: LayerSettings) -> tuple[Portability | LeftOut, ...]:
+def judge_portability(task: Judged, settings: LayerSettings) -> tuple[Portability | LeftOut, ...]:
     """Return the record of every consumer; one ``left_out`` record if ΔW is not finite or its norm
     overflows.
 
@@ -459,7 +459,7 @@ def portability(
     newer = [name for name, (consumer, _) in chosen.items() if consumer.is_newer(name[1])]
     return run.over(
         tasks,
-        judge,
+        judge_portability,
         estimate_bytes,
         LayerSettings(),
         Pairing((), tuple(missing)),
@@ -725,7 +725,7 @@ def _make_column(consumer: Consumer, rule: ConsumerRule, features: Iterable[Cont
     cells = []
     for contents in features:
         tasks = make_tasks(contents, {(consumer.name, rule.read[-1]): (consumer, rule)})
-        judged = (record for task in tasks for record in judge(task, LayerSettings()))
+        judged = (record for task in tasks for record in judge_portability(task, LayerSettings()))
         records = [record for record in judged if isinstance(record, Portability)]
         cells.append(describe_treatment(records) or "-")
     return Column(f"{consumer.title} {rule.versions}".removesuffix(" all"), tuple(cells), "left")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Unpack
@@ -97,10 +97,7 @@ def probe_activations(
     layers = {
         name: layer for name, layer in linear_layers(model.module).items() if name in base_names
     }
-    shapes = map(shape_of, layers.values())
-    gib = 8 * sum(inputs**2 + gradients * outputs**2 for outputs, inputs in shapes) / 2**30
-    cost_note = f"; the sums take up to {gib:.1f} GiB" if gib >= 0.1 else ""
-    cost_note += "; about three times as long with the backward pass" if gradients else ""
+    cost_note = _describe_cost(map(shape_of, layers.values()), gradients)
     run.estimate(texts, f"{quantity(len(layers), 'layer')} on 1 set", cost_note)
     draw = Draw(labels, options["seed"]) if gradients else None
     listener = record(model, texts, layers, run.batch, partial(run.watch.batch, "reading"), draw)
@@ -143,6 +140,17 @@ def probe_activations(
             for name, why in sorted(left_out.items(), key=lambda item: natural_order(item[0]))
         },
     )
+
+
+def _describe_cost(shapes: Iterable[tuple[int, int]], gradients: bool) -> str:
+    """Return the memory of the sums, where it is large, and the time of a backward pass as text."""
+    gib = 8 * sum(inputs**2 + gradients * outputs**2 for outputs, inputs in shapes) / 2**30
+    note = ""
+    if gib >= 0.1:
+        note += f"; the sums take up to {gib:.1f} GiB"
+    if gradients:
+        note += "; about three times as long with the backward pass"
+    return note
 
 
 def _choose_layers(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -457,6 +457,17 @@ def measure_bounds(
     return records
 
 
+def _list_unselected(stored: Checkpoint, chosen: Collection[str]) -> list[LeftOut]:
+    """Return the records of the tensors of BASE at which no curvature is measured."""
+    skipped = []
+    for name in stored:
+        if name not in chosen:
+            shape = stored[name].shape
+            reason = "vector" if len(shape) < 2 else "not_selected"
+            skipped.append(LeftOut(layer=name, shape=shape, reason=reason, detail=""))
+    return skipped
+
+
 @show_options
 def probe_curvature(
     base: Path | str, tuned: Path | str | None = None, **options: Unpack[CurvatureOptions]
@@ -537,16 +548,7 @@ def probe_curvature(
     if compared is None:
         stored = open_checkpoint(base)
         chosen, inputs = _select_matrices(stored, model, run.selection), (run.describe(stored),)
-        shapes = {name: stored[name].shape for name in stored if name not in chosen}
-        skipped = [
-            LeftOut(
-                layer=name,
-                shape=shape,
-                reason="vector" if len(shape) < 2 else "not_selected",
-                detail="",
-            )
-            for name, shape in shapes.items()
-        ]
+        skipped = _list_unselected(stored, chosen)
 
     def count_tokens() -> float:
         bounds = len(options["ranks"]) * (1 + len(fractions)) if compared else 0

@@ -327,25 +327,21 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         bases: dict[str, Losses] = {}
 
         def make_arms(units: Sequence[SensitivityUnit]) -> list[Arm]:
-            trials = [partial(_make_trial, model, unit, bases) for unit in units]
-            return [
-                Arm((one,), tuple(settings["lr"]), make_trial)
-                for make_trial in trials
-                for one in ranks
-            ]
+            arms = []
+            for unit in units:
+                make_trial = partial(_make_trial, model, unit, bases)
+                arms += [Arm((one,), tuple(settings["lr"]), make_trial) for one in ranks]
+            return arms
 
         def divide(blocks: Sequence[SensitivityUnit | Gain]) -> list[Arm]:
-            return make_arms(
-                [part for part in parts for block in blocks if {*part.layers} < {*block.layers}]
-            )
+            return make_arms(_list_parts(blocks, parts))
 
         arms = make_arms(units)
         texts, first_batch = run.training.used_texts, run.sets[0].first(run.batch)
         has_scores = any(isinstance(record, FirstOrder) for record in run_records.records)
         passes = 0 if has_scores else texts.count_batches(run.batch)
-        entries = sum(
-            math.prod(shape_of(layer)) for layer in layers_without_head(model.module).values()
-        )
+        shapes = map(shape_of, layers_without_head(model.module).values())
+        entries = sum(map(math.prod, shapes))
         bases[first_batch.name] = measure(model, first_batch, run.batch)
         # The first unit, which has the longest backward pass, is timed at the highest rank.
         timed_first = [arms[len(ranks) - 1], *arms[: len(ranks) - 1], *arms[len(ranks) :]]
@@ -355,31 +351,34 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         if passes:
             after = partial(run.watch.batch, "gradient")
             by_layer = compute_gradients(model, linear, texts, run.batch, after)
-            run_records.put(
-                *(
-                    predict_first_order(base_names[name], gradient, rank, texts)
-                    for name, gradient in by_layer.items()
-                )
-            )
+            scores = [
+                predict_first_order(base_names[name], gradient, rank, texts)
+                for name, gradient in by_layer.items()
+            ]
+            run_records.put(*scores)
         # BASE is measured again after an interruption, because errors need its losses by sequence.
         for held_out in run.sets:
-            bases[held_out.name] = measure(
-                model, held_out, run.batch, partial(run.watch.batch, "BASE")
-            )
+            after = partial(run.watch.batch, "BASE")
+            bases[held_out.name] = measure(model, held_out, run.batch, after)
         run_records.put(*(_record_base(held_out, bases[held_out.name]) for held_out in run.sets))
         for arm in arms:
             plan.run(arm)
-        runs, own = (
-            (record for record in run_records.records if isinstance(record, Sensitivity)),
-            run.sets[0].name,
-        )
-        gains = Gain.undivided(gains_of([*runs], own, own, rank, run.options["seed"]))
+        own = run.sets[0].name
+        runs = [record for record in run_records.records if isinstance(record, Sensitivity)]
+        gains = Gain.undivided(gains_of(runs, own, own, rank, run.options["seed"]))
         clear = sorted((gain for gain in gains if gain.is_clear), key=lambda gain: -abs(gain.gain))
         for arm in divide(clear[:parted]):
             plan.run(arm)
         return left_out
 
     return run.over(run.inputs(stored), settings, measure_missing)
+
+
+def _list_parts(
+    blocks: Sequence[SensitivityUnit | Gain], parts: Sequence[SensitivityUnit]
+) -> list[SensitivityUnit]:
+    """Return the parts of blocks: units with some of the layers of one of them."""
+    return [part for part in parts for block in blocks if {*part.layers} < {*block.layers}]
 
 
 def _choose_layers(

@@ -121,7 +121,7 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     columns += columns_of(others, align(rows))
     scores = _index_first_order(results)
     score_rows = [(name, [scores_of(row, scores)]) for name, row in zip(names, rows, strict=True)]
-    title = f"{title_of(settings['per'])} alone"
+    title = f"{title_of(settings['granularity'])} alone"
     columns += columns_of(_PROXIES, score_rows)
     return [Grid("", title, tuple(names), tuple(columns), _make_table_note(settings), MAX_ROWS)]
 
@@ -131,8 +131,8 @@ def _make_table_note(settings: dict[str, Any]) -> str:
     rank, delta = settings["rank"], settings["delta"]
     note = (
         f"Gain is the decrease of the held-out loss, in nats, by a LoRA of r={rank} on this "
-        f"{title_of(settings['per'])} alone, with its standard error over sequences; a gain below "
-        "two standard errors, more for few sequences, is not significant"
+        f"{title_of(settings['granularity'])} alone, with its standard error over sequences; a "
+        "gain below two standard errors, more for few sequences, is not significant"
     )
     if delta:
         note += f"; g({rank}→{rank + delta}) is the additional gain of {delta} more ranks"

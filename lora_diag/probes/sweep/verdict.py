@@ -406,7 +406,7 @@ def by_rank(
     return rows
 
 
-def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
+def judge_sweep(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
     """Return the verdict on the losses of a sweep.
 
     Args:
@@ -416,7 +416,7 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
 
     Example:
         >>> rows = [AtRank(4, 1e-3, {0: 1.00, 1: 1.01}), AtRank(8, 1e-3, {0: 0.80, 1: 0.812})]
-        >>> found = judge(rows, base=2.0, share=0.02)
+        >>> found = judge_sweep(rows, base=2.0, share=0.02)
         >>> (
         ...     found.outcome,
         ...     found.rank,
@@ -642,7 +642,7 @@ def list_swept(records: Sequence[Probe], settings: Mapping[str, Any]) -> list[Sw
                 lines[subject] = row
         verdict = SweepVerdict("no verdict")
         if base is not None:
-            verdict = judge(rows, base.nats, share)
+            verdict = judge_sweep(rows, base.nats, share)
         found.append(Swept(name, records, rows, lines, base, verdict, share))
     return found
 

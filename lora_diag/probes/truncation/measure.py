@@ -8,7 +8,7 @@ at that rank is measured by ``probe sweep``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -76,25 +76,20 @@ def cells_of(
         per: ``all``, ``layer`` or ``type``.
         match_norm: Whether each truncation above rank 0 is followed by that with the norm of ΔW.
     """
-    cells: list[Cell] = []
     groups: dict[str, list[str]] = {}
     for layer in chosen:
-        groups.setdefault(
-            {"all": "", "layer": layer, "type": module_type_of(layer)}[per], []
-        ).append(layer)
+        name = {"all": "", "layer": layer, "type": module_type_of(layer)}[per]
+        groups.setdefault(name, []).append(layer)
+    cells = []
     for name, layers in groups.items():
         largest = max(min(chosen[layer]) for layer in layers)
-        alone = {
-            "layer": name if per == "layer" else None,
-            "module_type": name if per == "type" else None,
-        }
-        lengths = (False, True) if match_norm else (False,)
-        cells += [
-            Cell("truncated", rank, tuple(layers), match_norm=matched, **alone)
-            for rank in ranks
-            for matched in (lengths if rank else (False,))
-            if rank < largest
-        ]
+        alone: Any = {"all": {}, "layer": {"layer": name}, "type": {"module_type": name}}[per]
+        for rank in ranks:
+            if rank < largest:
+                cell = Cell("truncated", rank, tuple(layers), **alone)
+                cells.append(cell)
+                if match_norm and rank:
+                    cells.append(replace(cell, match_norm=True))
     return cells
 
 

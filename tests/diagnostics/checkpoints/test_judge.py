@@ -248,6 +248,23 @@ def test_combination_is_chosen_and_reported_on_different_halves():
         assert record.gain_error == pytest.approx(oracles.error_of_mean(gains))
 
 
+@pytest.mark.parametrize(("count", "is_compared"), [(7, False), (8, True)])
+def test_combinations_need_eight_sequences_to_be_compared(count, is_compared):
+    values = np.linspace(2, 3, count)
+    base = Probe(
+        probe="checkpoints", set="dev", tokens=count, data="0", subject="base", loss=9.0,
+        nll=(9.0,) * count, predictions=(1,) * count,
+    )  # fmt: skip
+    probes = [
+        base,
+        base.model_copy(update={"subject": "checkpoint", "name": "1", "nll": tuple(values)}),
+        base.model_copy(update={"subject": "combination", "name": "uniform", "nll": tuple(values)}),
+    ]
+    draft = Combination(name="uniform", steps=(1, 2), weights=(0.5, 0.5), by="")
+    (record,) = compare_combinations(probes, {"1": 1}, [draft])
+    assert (record.gain is not None, record.chosen) == (is_compared, is_compared)
+
+
 @pytest.mark.parametrize(("times", "tied"), [(0.999, True), (1.001, False)])
 def test_limit_of_choice_is_corrected_for_comparisons(times, tied):
     noise = np.random.default_rng(1).normal(0, 0.1, 10)

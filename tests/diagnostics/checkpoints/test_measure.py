@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_diag
-from lora_diag.diagnostics.checkpoints.factors import Factors, measure_factors
+from lora_diag.diagnostics.checkpoints.factors import UpdateFactors, measure_factors
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer, RunCheckpoint
 from lora_diag.diagnostics.checkpoints.stored import _decompose
 from lora_diag.layers.change import Change
@@ -184,7 +184,7 @@ def test_increments_keep_their_digits_at_any_size(seed, ranks, size):
         db, da = after[0] - b, after[1] - a
         changes.append(db @ after[1] + b @ da if t else after[0] @ after[1])
         b, a = after
-        steps.append(Factors(b, a, 2.0))
+        steps.append(UpdateFactors(b, a, 2.0))
     found = measure_factors(steps, 2)
     products = np.array([[4 * (x * y).sum() for y in changes] for x in changes])
     lengths = np.sqrt(products.diagonal())

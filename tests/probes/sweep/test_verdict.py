@@ -15,7 +15,7 @@ from lora_diag.probes.sweep.verdict import (
     by_rank,
     compare_with_reference,
     find_diverged,
-    judge,
+    judge_sweep,
 )
 from lora_diag.records import Probe
 
@@ -50,7 +50,7 @@ def rows(*losses):
     ],
 )
 def test_sweep_verdicts(losses, word, rank, answer):
-    result = judge(rows(*losses), base=2.0, share=0.02)
+    result = judge_sweep(rows(*losses), base=2.0, share=0.02)
     assert (result.outcome, result.rank, result.answer) == (word, rank, answer)
 
 
@@ -59,7 +59,7 @@ def test_standing_is_paired_t_test_against_margin():
     one sample.
     """
     four, eight, base, share = np.array([1.02, 1.05, 1.00]), np.array([1.00, 1.01, 0.99]), 2.0, 0.1
-    result = judge(rows(four, eight), base, share).standings[0]
+    result = judge_sweep(rows(four, eight), base, share).standings[0]
     theta = four.mean() - (1 - share) * eight.mean() - share * base
     paired = np.var(four - eight, ddof=1) / 2
     plain = (np.var(four, ddof=1) + np.var(eight, ddof=1)) / 2
@@ -82,7 +82,9 @@ def test_more_seed_noise_never_makes_rank_sufficient(seed, times):
     rng = np.random.default_rng(seed)
     means, noise = 1 + 0.05 * rng.random((4, 1)), 0.005 * rng.normal(size=(4, 3))
     noise -= noise.mean(1, keepdims=True)
-    quiet, loud = (judge(rows(*(means + factor * noise)), 2.0, 0.02) for factor in (1.0, times))
+    quiet, loud = (
+        judge_sweep(rows(*(means + factor * noise)), 2.0, 0.02) for factor in (1.0, times)
+    )
     assert loud.tolerance == pytest.approx(quiet.tolerance)
     for before, after in zip(quiet.standings, loud.standings, strict=True):
         assert before.enough == "yes" or after.enough != "yes"
@@ -100,7 +102,7 @@ def test_rank_at_margin_false_positive_rate(seeds, common):
     means = np.array([[1.3], [1.02], [1.0]])
     for _ in range(600):
         losses = means + 0.01 * rng.normal(size=(3, seeds)) + common * rng.normal(size=seeds)
-        result = judge(rows(*losses), base=2.0, share=0.02)
+        result = judge_sweep(rows(*losses), base=2.0, share=0.02)
         wrong += result.standings[1].enough == "yes"
         known += result.standings[0].enough == "no"
     assert wrong / 600 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 600)
@@ -113,7 +115,7 @@ def test_noisy_pair_uses_own_variance():
     It is at least that of the pair alone with the pooled degrees of freedom.
     """
     noisy = (1.0, 1.06, 1.02), (1.04, 1.0, 1.01)
-    result = judge(rows((1.5, 1.5, 1.501), (1.4, 1.4, 1.401), *noisy), 2.0, 0.02)
+    result = judge_sweep(rows((1.5, 1.5, 1.501), (1.4, 1.4, 1.401), *noisy), 2.0, 0.02)
     own = np.var(np.subtract(*noisy), ddof=1)
     best = result.standings[2]
     assert best.half == pytest.approx(stats.t(6).ppf(0.95) * math.sqrt(own / 3))
@@ -121,11 +123,12 @@ def test_noisy_pair_uses_own_variance():
 
 def test_equal_rank_is_enough_with_recommended_seeds():
     rng = np.random.default_rng(5)
-    few = judge(rows((1.0, 1.04), (1.03, 1.01), (1.02, 1.01)), 2.0, 0.02)
+    few = judge_sweep(rows((1.0, 1.04), (1.03, 1.01), (1.02, 1.01)), 2.0, 0.02)
     assert few.rank is None
     assert 2 < max(one.seeds for one in few.standings if one.seeds is not None) < 200
     result = [
-        judge(rows(*(1 + 0.02 * rng.normal(size=(3, 40)))), 2.0, 0.02).rank == 4 for _ in range(200)
+        judge_sweep(rows(*(1 + 0.02 * rng.normal(size=(3, 40)))), 2.0, 0.02).rank == 4
+        for _ in range(200)
     ]
     assert np.mean(result) > 0.95
 
@@ -274,13 +277,13 @@ def test_diverged_run_is_excluded_from_statistics():
         for rank in (4, 8)
         for seed in (0, 1, 2)
     ]
-    clean = judge(by_rank([base(2.0), *good], "own", {4: 1e-2, 8: 1e-2}), 2.0, 0.02)
+    clean = judge_sweep(by_rank([base(2.0), *good], "own", {4: 1e-2, 8: 1e-2}), 2.0, 0.02)
     for loss in (None, 5.0):
         records = [base(2.0), *good, record(8, 1e-2, 3, loss)]
         assert find_diverged(records) == {("lora", 8, 1e-2, 3)}
         eight = by_rank(records, "own", best_rates(records, "own", 0))[1]
         assert len(eight.runs) == 3
-        result = judge(by_rank(records, "own", {4: 1e-2, 8: 1e-2}), 2.0, 0.02)
+        result = judge_sweep(by_rank(records, "own", {4: 1e-2, 8: 1e-2}), 2.0, 0.02)
         assert replace(result, standings=()) == replace(clean, standings=())
     # It is one on every set, and a rate at which all runs end above BASE is no gain and no
     # divergence.
@@ -298,7 +301,7 @@ def test_diverged_run_is_excluded_from_statistics():
 
 
 def test_ranks_are_paired_on_common_seeds():
-    result = judge(
+    result = judge_sweep(
         [AtRank(4, 1e-3, {0: 1.0, 1: 1.1, 2: 3.0}), AtRank(8, 1e-3, {0: 1.0, 1: 1.11})], 9.0, 0.02
     )
     assert result.standings[0].behind == pytest.approx(-0.005)

@@ -44,6 +44,7 @@ _FEATURES = (
         "gating",
         "inspection",
         "environment",
+        "project",
         "explanations",
         "plots",
         "reports",
@@ -78,11 +79,13 @@ PATH = (
         "allocate",
         "tune",
         "extract",
-        "merge",
         "residual",
+        "probe strength",
+        "plan-merge",
+        "merge",
         "probe outputs",
     ),
-    *("probe strength", "plan-merge", "portability", "verify-merge", "gate init", "gate", "report"),
+    *("portability", "verify-merge", "gate init", "gate", "report"),
 )
 
 

@@ -69,6 +69,7 @@ READERS = {
     "explanations",
     "tuning",
     "linting",
+    "project",
 }
 
 # Feature -> the other features that it may import. A written list: it should shrink. No two folders

@@ -3,7 +3,7 @@
 # write everything into FOLDER, and exit as the gate does. All come from the environment; on GitHub also GITHUB_OUTPUT and GITHUB_STEP_SUMMARY, and
 # CACHE, an empty folder outside the checkout or one with the results that were restored for these inputs.
 set -euo pipefail
-export LORADIAG_PLUGINS=0
+export LORADIAG_PLUGINS=0 LORADIAG_PROJECT=0
 verdict=error results="" report="" folder=""
 
 # Refuse a path with a link in the checkout: a committed one may lead anywhere.

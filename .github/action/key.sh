@@ -3,7 +3,7 @@
 # content of BASE, TUNED and MERGED and the version of loradiag. What is not on this machine may change behind its
 # address, so its key is of this run alone.
 set -euo pipefail
-export LORADIAG_PLUGINS=0
+export LORADIAG_PLUGINS=0 LORADIAG_PROJECT=0
 unset CDPATH
 key=$({
   loradiag --version

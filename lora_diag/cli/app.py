@@ -12,8 +12,10 @@ import re
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +25,7 @@ from typer.core import TyperCommand, TyperGroup
 from lora_diag import catalog
 from lora_diag.cli.options import make_function
 from lora_diag.cli.output import BrokenOutputError, MessageHandler, forget_output, print_message
+from lora_diag.cli.project import Project, find_project, follow_results, replace_names
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError
 from lora_diag.feature import GROUPS
 from lora_diag.running.options import EXECUTION, INPUTS, PANELS, list_options
@@ -218,8 +221,15 @@ def _run() -> int:
     user-facing error.
     """
     try:
+        words, project = _read_project(sys.argv[1:])
         # Not in typer's standalone mode, which prints no message on Ctrl-C.
-        code = commands(_find_command(sys.argv[1:3]))(prog_name="loradiag", standalone_mode=False)
+        code = commands(_find_command(words[:2]))(
+            words,
+            prog_name="loradiag",
+            standalone_mode=False,
+            obj=project,
+            default_map=_nest(project.defaults),
+        )
     except LoradiagError as error:
         print_message(f"Error: {error}")
         return error.exit_code
@@ -265,6 +275,34 @@ def _run() -> int:
         hint = "; a run with -o continues with --resume" if _can_resume(sys.argv[1:3]) else ""
         print_message(f"interrupted{hint}")
     return code if isinstance(code, int) else DONE
+
+
+def _read_project(words: list[str]) -> tuple[list[str], Project]:
+    """Return the words of the command line with paths in place of names, and what gives them.
+
+    Raises:
+        UsageError: The project file, or the results of ``--like``, cannot be used.
+    """
+    if words[:1] == ["gate"]:
+        return words, Project()
+    project = find_project(Path.cwd()) or Project()
+    like = next((word.removeprefix("--like=") for word in words if word.startswith("--like=")), "")
+    if "--like" in words[:-1]:
+        like = words[words.index("--like") + 1]
+    if like:
+        (like,) = replace_names([like], project)
+        project = follow_results(like, _find_command(words[:2]), project)
+    return replace_names(words, project), project
+
+
+def _nest(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of options by command, those of probes in a table of their own."""
+    probes = {
+        name.removeprefix("probe "): options
+        for name, options in defaults.items()
+        if name.startswith("probe ")
+    }
+    return {**defaults, "probe": probes}
 
 
 def _format_usage_error(problem: str, context: Any) -> str:

@@ -8,9 +8,8 @@ calls the declared Python function, and shows the result.
 from __future__ import annotations
 
 import re
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
@@ -21,9 +20,10 @@ import typer
 
 from lora_diag import catalog
 from lora_diag.cli import output as out
-from lora_diag.errors import DONE, UNREADABLE, Given, UsageError
-from lora_diag.feature import Argument, Command, Feature, Hint
-from lora_diag.running.options import EXECUTION, OUTPUT, PER, Option, list_options
+from lora_diag.cli.hints import find_hint
+from lora_diag.errors import DONE, UNREADABLE, Given, UsageError, flag
+from lora_diag.feature import Argument, Command, Feature
+from lora_diag.running.options import EXECUTION, INPUTS, OUTPUT, PER, Option, list_options
 
 if TYPE_CHECKING:
     from lora_diag.running.engines import Ray
@@ -45,6 +45,11 @@ DISPLAY = {
     ),
     "per": PER,
 }
+
+# Read before the other options, as it gives their defaults (``lora_diag.cli.project``).
+LIKE = Option(
+    None, "Take texts and settings from results; @base is their BASE.", "RESULTS", panel=INPUTS
+)
 
 # The command-line form of a function's option ``engine``.
 CLUSTER = {
@@ -163,6 +168,7 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
     def run(context: typer.Context, **values: Any) -> None:
         if re.match(r"\w{2,}:/", str(values.get("output"))):  # a Path has only one slash
             raise UsageError(Given("output"), "cannot write to an address", "name a local path")
+        values.pop("like", None)
         values = {name: _hide_secrets(value) for name, value in values.items()}
         out.silence_matplotlib()
         for argument in command.arguments:
@@ -175,6 +181,7 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
             values |= _gather_group(group, of_group)
         from lora_diag.rendering.statements import limit_lines  # deferred: imports rich
 
+        _report_defaults(context, shown)
         with limit_lines(None if shown.verbose else LINES):
             if command.call:
                 code = feature.function_of(command)(shown, **values)
@@ -194,9 +201,26 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
     for name in command.shows:
         kind = str if name == "per" else bool
         parameters.append(_make_parameter(name, kind, DISPLAY[name]))
+    if groups and feature.name != "gate":
+        parameters.append(_make_parameter("like", str, LIKE))
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     run.__doc__ = command.description
     return run
+
+
+def _report_defaults(context: typer.Context, shown: OutputChoice) -> None:
+    """Print the values that a project file or earlier results gave, and which of them."""
+    project = context.find_root().obj
+    given = (
+        project.defaults.get(context.command_path.removeprefix("loradiag "), {}) if project else {}
+    )
+    words = [
+        f"{flag(name)} {value}"
+        for name, value in given.items()
+        if getattr(context.get_parameter_source(name), "name", "") == "DEFAULT_MAP"
+    ]
+    if words:
+        shown.message(f"From {project.path}: {' '.join(words)}")
 
 
 def _list_words(argument: Argument, words: Sequence[str] | None) -> list[str]:
@@ -249,7 +273,11 @@ def _measure_and_show(
     if shown.table:
         per = shown.per if "per" in command.shows else values.get("granularity")
         values = {**values, "per": "layer" if per == "layer" else "type"}
-        hint = None if values.get("follow") else _find_hint(feature, command, result, values)
+        hint = (
+            None
+            if values.get("follow")
+            else find_hint(feature, command, result, values, option_names)
+        )
         if is_results:
             text = catalog.table(result, *out.terminal(), values["per"], hint, values)
         else:
@@ -264,54 +292,6 @@ def _measure_and_show(
     out.report_unmeasured(result.unmeasured)
     code: int = feature.load(command.exit_code)(result) if command.exit_code else DONE
     return code or (UNREADABLE if result.unmeasured else DONE)
-
-
-def _find_hint(
-    feature: Feature, command: Command, result: Any, values: Mapping[str, Any]
-) -> str | None:
-    """Return what the feature suggests for these results, else the first hint that applies; None
-    without records.
-    """
-    if hasattr(result, "layers") and not (result.layers or getattr(result, "whole", ())):
-        return None
-    suggested = feature.load(command.suggest)(result, values) if command.suggest else None
-    if isinstance(suggested, str):
-        return suggested
-    hints = command.hints if suggested is None else (suggested, *command.hints)
-    texts = (_format_hint(hint, values) for hint in hints)
-    return next((text for text in texts if text is not None), None)
-
-
-def _format_hint(hint: Hint, values: Mapping[str, Any]) -> str | None:
-    """Return a hint as a shell takes it; None if it needs a value that is not given, or adds one
-    that is.
-
-    >>> _format_hint(Hint("plan {base} --ranks {ranks}", "costs"), {"base": "my base", "ranks": 8})
-    "loradiag plan 'my base' --ranks 8   (costs)"
-    >>> _format_hint(Hint("inspect {output}", "this table"), {"output": None})
-    """
-    needed = re.findall(r"\{(\w+)\}", hint.command)
-    if hint.saved:
-        needed.append("output")
-    if not all(values[name] for name in needed):
-        return None
-    words: list[str] = []
-    for part in shlex.split(hint.command):
-        words += _fill_in(part, values)
-    if not hint.command.startswith("-"):
-        return f"{shlex.join(['loradiag', *words])}   ({hint.purpose})"
-    if "--per" in words and values["per"] == "layer":
-        return None
-    if "-o" in words and values["output"] is not None:
-        return None
-    return f"{out.rerun_command(*words)}   ({hint.purpose})"
-
-
-def _fill_in(word: str, values: Mapping[str, Any]) -> list[str]:
-    """Return a word of a hint with its value: one word, or one for each entry of a list."""
-    match = re.fullmatch(r"\{(\w+)\}", word)
-    value = values[match[1]] if match else word
-    return list(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
 
 
 def _hide_secrets(value: Any) -> Any:

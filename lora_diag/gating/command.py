@@ -58,6 +58,7 @@ def run_gate(
         read_card(card)
     from lora_diag.gating import show
     from lora_diag.gating.run import gate as judge
+    from lora_diag.records.file import write_results
     from lora_diag.records.verdict import outcome
     from lora_diag.rendering import verdicts
 
@@ -66,7 +67,7 @@ def run_gate(
     chosen = files.pop(0) if policy is None else policy
     results = judge(chosen, *files, *_measure_inputs(base, tuned, list(adapter), files), **options)
     if output is not None:
-        results.write(output, overwrite)
+        write_results(results, output, overwrite)
     if junit is not None:
         write_whole(junit, verdicts.junit(results), JUNIT, overwrite)
     if card is not None:

@@ -28,6 +28,7 @@ from lora_diag.linting.record import SEVERITIES, LintFinding
 from lora_diag.linting.rules import MISSING, RULES, Facts
 from lora_diag.linting.show import as_verdicts, lint_summary
 from lora_diag.records import End, Results, Run, RunInput
+from lora_diag.records.file import write_results
 from lora_diag.records.run import timestamp
 from lora_diag.rendering.verdicts import junit
 from lora_diag.running.amounts import read_bytes, read_count
@@ -132,7 +133,7 @@ def lint(
     shares = facts.steps[1] if settings.method == "full" and facts.steps else []
     results = Results[Any](run, (), (), end, (*findings, *shares))
     if output is not None:
-        results.write(output, overwrite)
+        write_results(results, output, overwrite)
     if report is not None:
         write_whole(report, junit(as_verdicts(results)), JUNIT, overwrite)
     if options["github"]:

@@ -11,6 +11,7 @@ disk, the new one is written to ``NAME.part``.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections import deque
@@ -31,6 +32,8 @@ from lora_diag.files import RESULTS, check_folder_of, check_output
 from lora_diag.records.base import KINDS, SCHEMA, LayerRecord, WholeRecord
 from lora_diag.records.results import L, Results, Seal, to_line
 from lora_diag.records.run import AnyRecord, End, LeftOut, Run, timestamp
+
+_LOG = logging.getLogger(__name__)
 
 # The possible lines of a results file.
 _IN_FILES = (Run, LayerRecord, WholeRecord, LeftOut, End)
@@ -337,6 +340,8 @@ class ResultsWriter(Generic[L]):
         state, part_state = check_results_file(self._final, resume, self._overwrite, locked=True)
         if state == "foreign":
             _refuse_inputs(self._final, self.run)
+        if state == "finished" and not resume and not self._overwrite:
+            refuse_other_run(self._final, self.run)
         in_part = state == "foreign" or (part_state != "absent" if resume else state == "finished")
         path = part if in_part else self._final
         if resume and (part_state if in_part else state) in {"unfinished", "finished"}:
@@ -556,6 +561,45 @@ def check_results_file(
             part, "left over from an interrupted run", "continue it with $resume, or delete it"
         )
     return state, part_state
+
+
+def write_results(results: Results[Any], path: Path | str, overwrite: bool = False) -> None:
+    """Write a results file as ``Results.write``, but over no results of other work.
+
+    Raises:
+        UsageError: As ``Results.write`` and ``refuse_other_run``.
+        InputError: As ``Results.write``.
+    """
+    if not overwrite:
+        refuse_other_run(Path(path), results.run)
+    results.write(path, overwrite)
+
+
+def refuse_other_run(path: Path, run: Run) -> None:
+    """Refuse to replace the results of another command, or of other inputs, which took work.
+
+    Args:
+        path: A results file, or no file.
+        run: The run that would replace it.
+
+    Raises:
+        UsageError: It holds other results.
+        InputError: It cannot be read.
+    """
+    earlier = next(iterate_records(path, strict=False), None) if is_results_file(path) else None
+    if not isinstance(earlier, Run):
+        return
+    before, now = (
+        sorted((each.role, each.fingerprint) for each in record.inputs) for record in (earlier, run)
+    )
+    if earlier.command == run.command and before == now:
+        _LOG.warning("%s: replaces the results of the same command and inputs", path)
+        return
+    inputs = " ".join(each.path for each in earlier.inputs)
+    raise UsageError(
+        f"{path}: holds the results of {earlier.command} {inputs}; choose another name, or replace "
+        "them with --overwrite"
+    )
 
 
 def _refuse_inputs(path: Path, run: Run) -> None:

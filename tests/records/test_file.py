@@ -20,7 +20,7 @@ from lora_diag.errors import InputError, LoradiagError, UsageError
 from lora_diag.records import LeftOut, file, is_results_file
 from lora_diag.records.file import iterate_records
 from tests.conftest import edit_results, save_model, save_pair, time_limit
-from tests.messages import raises_naming
+from tests.messages import assert_names, raises_naming
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +148,19 @@ def test_text_after_torn_line_is_kept(path, tmp_path):
     with (tmp_path / "growing").open("ab") as file:
         file.write(b"\n" + lines[3])
     assert [*result, *reading] == list(read_results(path).records())[:3]
+
+
+def test_results_of_other_work_are_kept(results, path, models, caplog):
+    kept = path.read_bytes()
+    with raises_naming(UsageError, path, "spectrum"):
+        lora_diag.spectrum(models[0], models[0], output=path)
+    with raises_naming(UsageError, path, "spectrum"):
+        lora_diag.geometry(*models, output=path)
+    assert path.read_bytes() == kept
+    lora_diag.spectrum(*models, output=path)
+    assert_names(caplog.text, path, "replaces")
+    lora_diag.spectrum(models[0], models[0], output=path, overwrite=True)
+    assert read_results(path).run.inputs[1].path == str(models[0])
 
 
 def test_overwrite_replaces_only_finished_runs(path, models, tmp_path):

@@ -38,6 +38,7 @@ from lora_diag.metrics.energy import energy_curve, gavish_donoho, knee
 from lora_diag.probes.fisher.record import Fisher
 from lora_diag.probes.sweep.verdict import swept_rate
 from lora_diag.records import Results, Run, RunInput, is_results_file, totals
+from lora_diag.records.file import write_results
 from lora_diag.records.names import part_of
 from lora_diag.records.run import timestamp
 from lora_diag.rendering.statements import is_unrelated
@@ -413,7 +414,7 @@ def write_allocation(
     kind = _find_kind(path, check, format)
     check_output(path, kind, overwrite)
     if path.suffix == ".jsonl":
-        results.write(path, overwrite)
+        write_results(results, path, overwrite)
         return
     if rslora and results.run.settings.get("portable"):
         raise UsageError(

@@ -58,11 +58,18 @@ _COMPARING = {"kept_random", "kept_mean", "others", "directions", "sign_conflict
 EXACT = 1e-5
 
 
-def suggest_next(results: Results[Merged], values: Mapping[str, Any]) -> Hint:
-    """Return the next step: the loss of the merge."""
-    if results.whole_of(MergedLoss):
-        return Hint("verify-merge {base} {output} served/", "after a merge into the served weights")
-    return Hint("probe outputs {base} {output} --eval held_out.txt", "the loss, once per task")
+def suggest_next(results: Results[Merged], values: Mapping[str, Any]) -> Hint | None:
+    """Return the next step: the check of one merged update, or the loss of several, or their merge
+    into BASE.
+    """
+    updates = values["updates"]
+    if values["checkpoint"] and len(updates) == 1 and values["scale"] in (None, 1.0):
+        return Hint("verify-merge {base} {updates} {output}", "checks every entry")
+    if not results.whole_of(MergedLoss):
+        return Hint("probe outputs {base} {output} --eval held_out.txt", "the loss, once per task")
+    if values["checkpoint"]:
+        return None
+    return Hint("merge {base} {output} --checkpoint -o served/", "adds it to BASE")
 
 
 def group_updates(results: Results[Merged]) -> list[tuple[str, list[Merged]]]:

@@ -21,17 +21,23 @@ from lora_diag.records import Results
 from lora_diag.rendering.statements import Level, Statement, make_statement, summarize
 from lora_diag.rendering.text import count, factor, list_layers, number
 
+# Formats that ``merge`` writes itself.
+OUTPUT_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+
 
 def suggest_next(results: Results[PlannedMerge], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step: the check after a merge, or how programs serve the adapter; None with
-    nothing to merge.
+    """Return the next step: the merge, or how programs serve the adapter; None with nothing to
+    merge.
     """
     outcome = conclude_together(results.layers)
     if outcome is None:
         return None
     if outcome == "serve unmerged":
         return Hint("portability {adapter} {base}", "the update that each serving program applies")
-    return Hint("verify-merge {base} {adapter} merged/", "after the merge")
+    dtype = OUTPUT_DTYPES.get(results.layers[0].to)
+    words = f"--output-dtype {dtype} -o merged/" if dtype else "-o merged/"
+    purpose = "merges it" if dtype else f"merges it, before it is stored as {results.layers[0].to}"
+    return Hint(f"merge {{base}} {{adapter}} --checkpoint {words}", purpose)
 
 
 def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:

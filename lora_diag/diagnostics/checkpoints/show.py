@@ -19,6 +19,7 @@ from lora_diag.diagnostics.checkpoints.held_out import (
     is_better,
 )
 from lora_diag.diagnostics.checkpoints.record import (
+    CheckpointChoice,
     CheckpointLayer,
     Combination,
     RunCheckpoint,
@@ -29,6 +30,7 @@ from lora_diag.diagnostics.checkpoints.series import MONITOR, list_checkpoints
 from lora_diag.diagnostics.checkpoints.trainer import read_log
 from lora_diag.diagnostics.checkpoints.verdict import APART, GROWING, judge_trajectory
 from lora_diag.errors import InputError, NothingComparedError
+from lora_diag.feature import Hint
 from lora_diag.records import Results, is_results_file
 from lora_diag.records.base import Shown, pooled_value
 from lora_diag.rendering.losses import describe_few
@@ -94,13 +96,13 @@ def checkpoints_lines(results: Results[CheckpointLayer]) -> list[Statement]:
     )
 
 
-def suggest_next(results: Results[CheckpointLayer], values: Mapping[str, Any]) -> str | None:
-    """Return the command that writes a combination that is better than every checkpoint; None
-    without one.
+def suggest_next(results: Results[CheckpointLayer], values: Mapping[str, Any]) -> Hint | str | None:
+    """Return the command that writes a combination that is better than every checkpoint, else the
+    one that asks how strong the best checkpoint should be; None without losses.
     """
     better = next((each for each in results.whole_of(Combination) if each.chosen), None)
     if better is None or not is_better(better):
-        return None
+        return _suggest_strength(results)
     base = next(item.path for item in results.run.inputs if item.role == "base")
     paths = {record.step: record.path for record in results.whole_of(RunCheckpoint)}
     steps = zip(better.steps, better.weights, strict=True)
@@ -116,6 +118,17 @@ def suggest_next(results: Results[CheckpointLayer], values: Mapping[str, Any]) -
             words.append(f"--{name.replace('_', '-')}")
     words += ["-o", better.name.replace(":", "-")]
     return f"{shlex.join(words)}   (writes {better.name})"
+
+
+def _suggest_strength(results: Results[CheckpointLayer]) -> Hint | None:
+    """Return the command that tries the best checkpoint at several strengths."""
+    choice = next(iter(results.whole_of(CheckpointChoice)), None)
+    if choice is None:
+        return None
+    base = next(item.path for item in results.run.inputs if item.role == "base")
+    paths = {record.step: record.path for record in results.whole_of(RunCheckpoint)}
+    words = shlex.join(["probe", "strength", base, paths[choice.step]])
+    return Hint(words, "how much of this update to keep")
 
 
 def _describe_problems(run: Trajectory, checkpoints: Sequence[RunCheckpoint]) -> Iterator[str]:

@@ -51,6 +51,7 @@ FEATURE = Feature(
                 ),
             ),
             options=(InterferenceOptions, UnionOptions),
+            suggest=".show:suggest_next",
             hints=(
                 Hint(
                     "allocate {spectrum} --energy 0.9", "the rank that the sum needs in each layer"

@@ -62,6 +62,7 @@ from lora_diag.linalg.streamed import times_in_float64
 from lora_diag.metrics import subspaces
 from lora_diag.metrics.energy import RANKS, THRESHOLDS, effective_rank, energy_curve, rank_at
 from lora_diag.records import LeftOut, Resolution, Results, totals
+from lora_diag.records.file import write_results
 from lora_diag.running.inputs import open_base, refuse_repeated
 from lora_diag.running.layers import LayerRun, check_ranks
 from lora_diag.running.options import show_options
@@ -701,7 +702,7 @@ def compare_updates(
     base, updates = split_base(inputs)
     results = interference(updates, base=base, **options)
     if spectrum is not None:
-        select_spectra(results).write(spectrum, overwrite)
+        write_results(select_spectra(results), spectrum, overwrite)
     return results
 
 

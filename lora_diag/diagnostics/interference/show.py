@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
+from typing import Any
 
 from lora_diag.diagnostics.interference.record import Interference, Relation, Union, pooled_cosine
+from lora_diag.feature import Hint
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
 from lora_diag.rendering.statements import (
@@ -131,6 +133,13 @@ def _list_truncation_ranks(records: Sequence[Union]) -> list[int]:
     ranks = sorted({int(rank) for record in records for rank in record.recompressed})
     lossless = [rank for rank in ranks if recompressed_residual(records, rank) < _EXACT]
     return [rank for rank in ranks if rank <= min(lossless, default=rank)]
+
+
+def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | None:
+    """Return the command that compares merges of these updates by their loss; None without BASE."""
+    if values["spectrum"] or all(each.role != "base" for each in results.run.inputs):
+        return None
+    return Hint("merge {inputs} --method all --eval held_out.txt", "compares merges by the loss")
 
 
 def interference_lines(results: Results[Interference | Union]) -> list[Statement]:

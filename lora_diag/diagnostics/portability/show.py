@@ -127,7 +127,7 @@ def suggest_next(results: Results[Portability], values: Mapping[str, Any]) -> Hi
         return _suggest_remedy({record.part for record in results}, base)
     if values["output"] is None:
         return Hint("-o portability.jsonl", "saves these results, for gate")
-    return Hint("gate init {output} -o policy.toml", "limits for the next adapter")
+    return Hint("gate --policy adapter-basic --adapter {adapter}", "judges the adapter itself")
 
 
 def _suggest_remedy(parts: set[str], base: str) -> Hint:

@@ -77,17 +77,22 @@ def suggest_next(results: Results[Spectrum], values: Mapping[str, Any]) -> Hint 
         return Hint(
             "probe outputs {base} {tuned} --eval held_out.txt", "what the adapter does to the loss"
         )
-    if 2 * sum(map(_needs_recovery, changed)) > len(changed):
+    unresolved = [record for record in changed if record.resolution.verdict == "unresolved"]
+    is_unresolved = 2 * len(unresolved) > len(changed)
+    is_estimate = any(record.hidden is not None for record in changed)
+    if 2 * sum(map(_needs_recovery, changed)) > len(changed) or (
+        is_unresolved and not is_estimate and values["tuned"] is not None
+    ):
         return Hint(
             f"recover {{base}} {{tuned}}{selection}", "estimates the update before rounding"
         )
-    if values["output"] or values["tuned"] is None:
-        return None
-    if 2 * sum(record.resolution.verdict == "unresolved" for record in changed) > len(changed):
+    if is_unresolved and values["tuned"] is not None:
         return Hint(
             "probe outputs {base} {tuned} --eval held_out.txt",
             "what is left of the update in the loss",
         )
+    if values["output"] or values["tuned"] is None:
+        return None
     # Not the rank at 90% of the energy: for the loss it was 50 times too large on a language model
     # (docs/evidence.md).
     return Hint(

@@ -20,7 +20,7 @@ FEATURE = Feature(
             ),
             options=(RunOptions,),
             hints=(
-                Hint("gate init {output} -o policy.toml", "limits for the next merge"),
+                Hint("gate --policy merge {output}", "judges these results"),
                 Hint("-o merge.jsonl", "saves these results, for gate"),
             ),
             suggest=".show:suggest_next",

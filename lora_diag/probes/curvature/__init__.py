@@ -64,10 +64,10 @@ FEATURE = Feature(
             shows=("json", "quiet", "verbose"),
             hints=(
                 Hint(
-                    "probe truncation {base} {tuned} --eval {eval}",
+                    "probe truncation {base} {tuned}",
                     "the gap at every rank, on more text",
                 ),
-                Hint("probe sweep {base} --data TEXT --eval {eval}", "which rank training needs"),
+                Hint("probe sweep {base} --data TEXT", "which rank training needs"),
                 SAVE_PROBE,
             ),
         ),

@@ -238,7 +238,7 @@ def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | Non
     contests = contests_of(records)
     if contests and all(contest.outcome == "worse" for contest in contests):
         return Hint(
-            "tune {base} --data TRAIN_TEXT --eval {eval} --params 10M -o run/",
+            "tune {base} --data TRAIN_TEXT --params 10M -o run/",
             "trains a better one",
         )
     best = _find_best(records)

@@ -59,7 +59,7 @@ FEATURE = Feature(
             shows=("json", "quiet", "verbose"),
             suggest=".show:suggest_next",
             hints=(
-                Hint("probe sweep {base} --data TRAIN_TEXT --eval {eval}", "trains at each rank"),
+                Hint("probe sweep {base} --data TRAIN_TEXT", "trains at each rank"),
                 SAVE_PROBE,
             ),
         ),

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.measure import print_table
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import FactoredDelta, Side
 from lora_diag.diagnostics.verify_merge.faults import MergedLayer
 from lora_diag.diagnostics.verify_merge.measure import verify
 from lora_diag.diagnostics.verify_merge.record import Merge
+from lora_diag.storage import open_checkpoint
 
 SCALES = (2.0, 1.5, 16 / math.sqrt(8))
 WRONG = (0.99, 0.995, 0.998, 1.002, 1.005, 1.01, 1.015, 1.02, 1.05)

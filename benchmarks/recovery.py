@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.measure import machine, print_table, run
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import StoredDelta, pair
 from lora_diag.layers.recovery import RecoveryEstimate, recover_layer
 from lora_diag.records.vocabulary import Hidden
+from lora_diag.storage import open_checkpoint
 
 CPU = torch.device("cpu")
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lora_diag.decisions.plan_merge.measure import plan_merge as plan_merge
     from lora_diag.decisions.recover.measure import recover as recover
     from lora_diag.diagnostics.checkpoints.axolotl import AxolotlPlugin as AxolotlPlugin
-    from lora_diag.diagnostics.checkpoints.measure import trajectory as trajectory
+    from lora_diag.diagnostics.checkpoints.measure import checkpoints as checkpoints
     from lora_diag.diagnostics.checkpoints.monitor import LoraMonitor as LoraMonitor
     from lora_diag.diagnostics.fleet.measure import fleet as fleet
     from lora_diag.diagnostics.geometry.measure import geometry as geometry

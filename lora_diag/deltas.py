@@ -14,16 +14,16 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lora_diag.checkpoints import Checkpoint, TensorInfo
-from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.errors import Given, NothingComparedError, UsageError
 from lora_diag.records.names import RESIZABLE, part_of
 from lora_diag.records.run import Reason
+from lora_diag.storage import Checkpoint, TensorInfo
+from lora_diag.storage.tensors import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     import torch
 
-    from lora_diag.checkpoints.file_bytes import Numbers
+    from lora_diag.storage.file_bytes import Numbers
 
 # Entries per block and side: small enough that a block and its float32 copies stay near the cache.
 # One core on a bf16 pair of 4096²: 0.52 s with 2^18, 0.39 s with 2^20, 0.95 s with 2^22, 2.7 s with

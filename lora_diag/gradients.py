@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters import Location, match_names
-from lora_diag.checkpoints import Checkpoint, locate_files, open_checkpoint
-from lora_diag.checkpoints.locating import WEIGHTS, find_named_weights
-from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Side, Unpaired, matrices, natural_order, row_spans
 from lora_diag.errors import InputError
+from lora_diag.storage import Checkpoint, locate_files, open_checkpoint
+from lora_diag.storage.locating import WEIGHTS, find_named_weights
+from lora_diag.storage.tensors import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     import torch

@@ -208,8 +208,8 @@ def run(capsys, monkeypatch, tmp_path):
     """Run a command in this process, which has imported everything already, in the folder of the
     test.
     """
-    from lora_diag.checkpoints import addresses
     from lora_diag.cli.app import main
+    from lora_diag.storage import addresses
 
     monkeypatch.setattr(addresses, "FIRST_WAIT", 0.001)
     monkeypatch.chdir(tmp_path)

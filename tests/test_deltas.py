@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import natural_order, pair, refuse_empty
 from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.storage import open_checkpoint
 from tests.conftest import save_model
 
 

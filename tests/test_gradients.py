@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import InputError
 from lora_diag.gradients import histories, open_steps
+from lora_diag.storage import open_checkpoint
 from tests.conftest import save_model, save_sharded, weights
 from tests.messages import raises_naming
 

@@ -70,10 +70,10 @@ from lora_diag.adapters import open_adapter
 from lora_diag.adapters.contents import read_contents
 from lora_diag.adapters.layouts import LAYOUTS
 from lora_diag.adapters.updates import UpdateSite
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.diagnostics.portability.record import Portability
 from lora_diag.errors import InputError
 from lora_diag.layers.change import load_change
+from lora_diag.storage import open_checkpoint
 
 # Q4_0: llama.cpp rounds activations to 8 bits; how much of its error that is depends on the size of
 # ΔW.

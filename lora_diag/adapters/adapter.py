@@ -17,10 +17,10 @@ from lora_diag.adapters.source import (
     refuse_integers,
 )
 from lora_diag.adapters.updates import AdapterReading
-from lora_diag.checkpoints import Checkpoint, Located, locate_files
 from lora_diag.deltas import Pairing, natural_order
 from lora_diag.errors import InputError
 from lora_diag.records.run import AdaptedWeight
+from lora_diag.storage import Checkpoint, Located, locate_files
 
 # Tried in this order; PEFT's adapters name their type, GGUF is a format of files, the others have
 # their own keys.

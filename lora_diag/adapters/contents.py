@@ -27,9 +27,9 @@ from lora_diag.adapters.writing_targets import (
     ROUTER,
     MemoryModel,
 )
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, has_tied_head, is_head, is_table, natural_order
 from lora_diag.records.names import RESIZABLE
+from lora_diag.storage import Checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -36,9 +36,9 @@ from lora_diag.adapters.updates import (
     format_ranks,
     read,
 )
-from lora_diag.checkpoints import Checkpoint
-from lora_diag.checkpoints.documents import loads
 from lora_diag.errors import damaged
+from lora_diag.storage import Checkpoint
+from lora_diag.storage.documents import loads
 
 if TYPE_CHECKING:
     from lora_diag.adapters.updates import Factors

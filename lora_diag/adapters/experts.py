@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from lora_diag.adapters.patterns import find_targets
 from lora_diag.adapters.source import AdapterFiles, Config, Modules, find_pair, is_named
 from lora_diag.adapters.updates import UpdateSite, WeightUpdate, as_float64
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import damaged
+from lora_diag.storage import Checkpoint
 
 if TYPE_CHECKING:
     from lora_diag.adapters.updates import Factors

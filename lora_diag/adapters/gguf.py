@@ -26,10 +26,10 @@ from lora_diag.adapters.updates import (
     format_ranks,
     read,
 )
-from lora_diag.checkpoints import Checkpoint
-from lora_diag.checkpoints.gguf import GgufFile, Value
-from lora_diag.checkpoints.gguf_model import ARCHITECTURES, Names, heads, to_halves
 from lora_diag.errors import damaged
+from lora_diag.storage import Checkpoint
+from lora_diag.storage.gguf import GgufFile, Value
+from lora_diag.storage.gguf_model import ARCHITECTURES, Names, heads, to_halves
 
 if TYPE_CHECKING:
     from lora_diag.adapters.updates import Factors

@@ -16,10 +16,10 @@ from lora_diag.adapters.gguf import ALPHA, TABLE
 from lora_diag.adapters.names import drop_leading_wrappers
 from lora_diag.adapters.source import PREFIX, is_named
 from lora_diag.adapters.writing import LORA_CONFIG, WEIGHTS
-from lora_diag.checkpoints import Checkpoint
-from lora_diag.checkpoints.gguf_model import ARCHITECTURES, Names, find_names, heads
 from lora_diag.deltas import has_tied_head
 from lora_diag.errors import Given, InputError, UsageError, damaged
+from lora_diag.storage import Checkpoint
+from lora_diag.storage.gguf_model import ARCHITECTURES, Names, find_names, heads
 
 GGUF = "gguf"
 PEFT = "peft"

@@ -11,16 +11,16 @@ from typing import Literal
 
 from lora_diag.adapters.adapter import FAMILIES, Adapter, read_adapter
 from lora_diag.adapters.source import ADAPTER_WEIGHTS, CONFIG, GGUF, StatedAlpha, find_single_file
-from lora_diag.checkpoints import (
+from lora_diag.errors import InputError
+from lora_diag.records import is_results_file
+from lora_diag.storage import (
     Checkpoint,
     Located,
     locate_files,
     open_checkpoint,
     read_checkpoint,
 )
-from lora_diag.checkpoints.gguf import GgufFile
-from lora_diag.errors import InputError
-from lora_diag.records import is_results_file
+from lora_diag.storage.gguf import GgufFile
 
 Kind = Literal["adapter", "checkpoint", "results"]
 

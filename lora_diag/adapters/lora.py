@@ -41,8 +41,8 @@ from lora_diag.adapters.updates import (
     load_product,
     read,
 )
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import damaged
+from lora_diag.storage import Checkpoint
 
 if TYPE_CHECKING:
     import torch

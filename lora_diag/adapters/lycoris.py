@@ -28,8 +28,8 @@ from lora_diag.adapters.updates import (
     add_stored_values,
     read,
 )
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import damaged
+from lora_diag.storage import Checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_diag.adapters.updates import Shape, flatten_shape
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import HEAD, matrices
 from lora_diag.records.names import RESIZABLE
+from lora_diag.storage import Checkpoint
 
 # First parts of names that only denote a wrapper of the model.
 WRAPPERS = frozenset({

@@ -23,8 +23,8 @@ from functools import lru_cache, partial
 from lora_diag.adapters import matcher
 from lora_diag.adapters.source import AdapterFiles, Config, ends_of, is_number
 from lora_diag.adapters.updates import read
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError, damaged, quote
+from lora_diag.storage import Checkpoint
 
 # Seconds for all patterns of one table with all modules, including 0.02 s to start the process.
 # Usual tables take 1 ms.

@@ -45,8 +45,8 @@ from lora_diag.adapters.updates import (
     read,
     read_modules,
 )
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError, damaged
+from lora_diag.storage import Checkpoint
 
 if TYPE_CHECKING:
     import torch

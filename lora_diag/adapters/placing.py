@@ -30,11 +30,11 @@ from lora_diag.adapters.updates import (
     as_float64,
     flatten_shape,
 )
-from lora_diag.checkpoints import Checkpoint
-from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, Pairing, Side, StoredDelta, Unpaired
 from lora_diag.errors import InputError, NothingComparedError, damaged
 from lora_diag.records.names import depth_of
+from lora_diag.storage import Checkpoint
+from lora_diag.storage.tensors import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     import torch

@@ -25,13 +25,13 @@ from lora_diag.adapters.contents import LOW_RANK_PARTS, Contents, Item, read_con
 from lora_diag.adapters.layouts import GGUF, LAYOUTS, Placed, TensorSlot
 from lora_diag.adapters.updates import UpdateSite, as_float64, read
 from lora_diag.adapters.writing import pad_factor, store_factors, write_config
-from lora_diag.checkpoints import Checkpoint, TensorInfo, open_checkpoint
-from lora_diag.checkpoints.gguf import write_gguf
-from lora_diag.checkpoints.gguf_model import to_pairs
-from lora_diag.checkpoints.safetensors import write_safetensors
 from lora_diag.deltas import Delta, DenseDelta, FactoredDelta
 from lora_diag.errors import Given, InputError, UsageError, damaged
 from lora_diag.files import check_folder_of, sync
+from lora_diag.storage import Checkpoint, TensorInfo, open_checkpoint
+from lora_diag.storage.gguf import write_gguf
+from lora_diag.storage.gguf_model import to_pairs
+from lora_diag.storage.safetensors import write_safetensors
 
 if TYPE_CHECKING:
     import torch

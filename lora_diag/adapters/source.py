@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
-from lora_diag.checkpoints import Checkpoint, Located, open_checkpoint
-from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
-from lora_diag.checkpoints.gguf import GgufFile
-from lora_diag.checkpoints.locating import find_named_weights
 from lora_diag.errors import Given, InputError, UsageError, damaged, quote
+from lora_diag.storage import Checkpoint, Located, open_checkpoint
+from lora_diag.storage.documents import MAX_CONFIG_BYTES, read_object
+from lora_diag.storage.gguf import GgufFile
+from lora_diag.storage.locating import find_named_weights
 
 CONFIG = "adapter_config.json"
 GGUF = ".gguf"

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from lora_diag.adapters.patterns import Scale, compute_scale
 from lora_diag.adapters.updates import flatten_shape
-from lora_diag.checkpoints import Checkpoint
+from lora_diag.storage import Checkpoint
 
 if TYPE_CHECKING:
-    from lora_diag.checkpoints.file_bytes import Numbers
+    from lora_diag.storage.file_bytes import Numbers
 
 
 @dataclass(frozen=True, slots=True)

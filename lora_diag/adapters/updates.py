@@ -21,9 +21,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.adapters.source import AdapterFiles, Config, drop_prefix, group_by_module, is_named
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Side
 from lora_diag.errors import damaged
+from lora_diag.storage import Checkpoint
 
 if TYPE_CHECKING:
     import torch

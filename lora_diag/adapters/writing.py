@@ -33,11 +33,11 @@ from lora_diag.adapters.patterns import find_targets, get_rank, read_pattern
 from lora_diag.adapters.source import CONFIG, PREFIX, Config, is_named
 from lora_diag.adapters.updates import as_float64
 from lora_diag.adapters.writing_targets import MemoryModel, PeftTarget
-from lora_diag.checkpoints import Checkpoint, TensorInfo, open_checkpoint
-from lora_diag.checkpoints.safetensors import write_safetensors
 from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, Side, StoredDelta
 from lora_diag.errors import damaged
 from lora_diag.files import write_whole
+from lora_diag.storage import Checkpoint, TensorInfo, open_checkpoint
+from lora_diag.storage.safetensors import write_safetensors
 
 if TYPE_CHECKING:
     import torch

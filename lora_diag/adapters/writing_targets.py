@@ -16,8 +16,8 @@ from lora_diag.adapters import names
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.experts import TRANSPOSED_MODELS
 from lora_diag.adapters.placing import Orientation
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import CONVOLUTION, EXPERTS, HEAD, Delta
+from lora_diag.storage import Checkpoint
 
 Kind = Literal["linear", "conv1d", "embedding", "convolution", "parameter"]
 

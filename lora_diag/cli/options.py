@@ -304,7 +304,7 @@ def _hide_secrets(value: Any) -> Any:
         return type(value)(map(_hide_secrets, value))
     if not isinstance(value, str) or ":/" not in value:
         return value
-    from lora_diag.checkpoints.addresses import ADDRESS, Address  # deferred: imports torch
+    from lora_diag.storage.addresses import ADDRESS, Address  # deferred: imports torch
 
     return Address(value) if ADDRESS.fullmatch(value) else value
 

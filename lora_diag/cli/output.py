@@ -154,7 +154,7 @@ def _public_word(word: str) -> str:
     """
     if ":/" not in word:
         return word
-    from lora_diag.checkpoints import hide_secrets  # deferred: imports torch
+    from lora_diag.storage import hide_secrets  # deferred: imports torch
 
     option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     return f"{option}{equals}{hide_secrets(value)}"
@@ -260,7 +260,7 @@ def report_reading() -> None:
     """Print how much was read from local files, if any, and how often on average: bytes over the
     size of the files.
     """
-    from lora_diag.checkpoints.file_bytes import READING
+    from lora_diag.storage.file_bytes import READING
 
     read, files, size = READING.total()
     if size:

@@ -17,7 +17,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 from lora_diag.gating.policy import Checks, Policy
 from lora_diag.gating.sources import (
@@ -39,6 +38,7 @@ from lora_diag.running.fingerprint import (
     fingerprint_of_adapter,
     legible,
 )
+from lora_diag.storage import Checkpoint
 
 # Below this fraction of σ_1 a direction of an adapter is unused: ten times float32's spacing, the
 # rounding error of the smallest singular values of a product of float32 factors.

@@ -14,7 +14,6 @@ from rich.text import Text
 from lora_diag.adapters import Adapter, Input, locate, open_input
 from lora_diag.adapters.source import StatedAlpha, get_stated_alpha
 from lora_diag.catalog import read_results
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import natural_order, why_left_out
 from lora_diag.errors import InputError
 from lora_diag.records import Results
@@ -25,6 +24,7 @@ from lora_diag.rendering.tables import Grid, grid_of
 from lora_diag.rendering.text import count, safe, to_text
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import MOMENTS
+from lora_diag.storage import Checkpoint
 
 
 def inspect(

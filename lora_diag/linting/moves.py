@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_diag.checkpoints import Checkpoint
-from lora_diag.checkpoints.file_bytes import decode
-from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.linting.record import StepShare
 from lora_diag.records.names import module_type_of, type_order
+from lora_diag.storage import Checkpoint
+from lora_diag.storage.file_bytes import decode
+from lora_diag.storage.remote import RemotePath
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -146,7 +146,7 @@ def sample_entries(
     flat = [place for each in places.values() for place in each]
     reader: Any = map
     if isinstance(checkpoint.files[0].path, RemotePath):
-        from lora_diag.checkpoints.addresses import (
+        from lora_diag.storage.addresses import (
             map_concurrently as reader,
         )  # imported only for remote files
     codes = reader(lambda place: encode(checkpoint.read_range(*place), dtype), flat)

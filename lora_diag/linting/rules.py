@@ -28,8 +28,6 @@ from lora_diag.adapters.contents import (
 from lora_diag.adapters.patterns import Scaling, find_targets
 from lora_diag.adapters.source import Config, ends_of
 from lora_diag.adapters.writing_targets import TABLE, MemoryModel, names_in_memory
-from lora_diag.checkpoints import Checkpoint
-from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.decisions.plan.architectures import Matrix, make_matrix, select_text_config
 from lora_diag.decisions.plan.measure import DERIVED, apply_capacity_rules
 from lora_diag.decisions.plan_merge.record import MAX_ERROR
@@ -42,6 +40,8 @@ from lora_diag.linting.configs import Settings
 from lora_diag.linting.record import Severity, StepShare
 from lora_diag.records.names import RESIZABLE, module_type_of
 from lora_diag.rendering.text import byte_count, count, list_names, number, quantity, small_percent
+from lora_diag.storage import Checkpoint
+from lora_diag.storage.tensors import FLOAT_DTYPES
 
 # A fraction of moved entries below which most of the loss's gain is lost, and below which steps are
 # rounded away in many entries (docs/reference/lint.md).

@@ -16,12 +16,12 @@ from typing import Any
 import yaml
 
 from lora_diag.adapters.source import is_number
-from lora_diag.checkpoints.documents import read_object
-from lora_diag.checkpoints.file_bytes import FileBytes
-from lora_diag.checkpoints.inert import PickledObject
-from lora_diag.checkpoints.parts import Archive
 from lora_diag.errors import InputError, damaged, quote
 from lora_diag.files import open_regular
+from lora_diag.storage.documents import read_object
+from lora_diag.storage.file_bytes import FileBytes
+from lora_diag.storage.inert import PickledObject
+from lora_diag.storage.parts import Archive
 
 # Bytes of a configuration in JSON or training_args.bin, which has about 6 kB: a rank for each layer
 # takes some 100 kB.

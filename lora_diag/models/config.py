@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.errors import InputError, damaged
+from lora_diag.storage.documents import MAX_CONFIG_BYTES, read_object
 
 # Sizes of a model, with those names of older architectures that transformers maps to them.
 SIZES = (

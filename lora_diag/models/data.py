@@ -18,9 +18,9 @@ from itertools import zip_longest
 from pathlib import Path, PurePath
 from typing import Any
 
-from lora_diag.checkpoints.documents import loads
 from lora_diag.errors import Given, InputError, UsageError, damaged
 from lora_diag.models.opening import Model
+from lora_diag.storage.documents import loads
 
 # Columns of a data set that are read; others are ignored.
 COLUMNS = ("text", "label", "prompt", "completion")

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_diag.adapters import is_adapter
-from lora_diag.checkpoints import hub, locate_files
-from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.errors import Given, InputError, LoradiagError, UsageError, damaged, require
 from lora_diag.models.config import check_unquantized, read_config
+from lora_diag.storage import hub, locate_files
+from lora_diag.storage.remote import RemotePath
 
 Kind = Literal["causal", "masked", "classifier"]
 

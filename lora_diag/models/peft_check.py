@@ -11,9 +11,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.errors import Given, InputError, LoradiagError, require
 from lora_diag.models.config import read_config
+from lora_diag.storage.remote import RemotePath
 
 
 def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[int, float]]:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import Given, InputError, UsageError, require
 from lora_diag.models.activations import linear_layers
 from lora_diag.models.data import Sequence as TokenSequence
@@ -28,6 +27,7 @@ from lora_diag.models.losses import Losses, measure, nll, predict
 from lora_diag.models.opening import Model
 from lora_diag.records import Probe
 from lora_diag.records.probe import Subject
+from lora_diag.storage import open_checkpoint
 
 ALPHA_OVER_RANK = 2
 # rsLoRA scales by alpha/√r with one alpha for all ranks; with 16, r=64 has the scaling 2 of

@@ -26,9 +26,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_diag.checkpoints.reading import plain_names
 from lora_diag.errors import UsageError
 from lora_diag.models.activations import input_of
+from lora_diag.storage.reading import plain_names
 
 # Prefixes that PEFT adds to the names of wrapped weights.
 _PEFT = re.compile(r"^base_model\.model\.|\.modules_to_save\.[^.]+(?=\.)")

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.adapters.source import AdapterFiles
-from lora_diag.checkpoints import Checkpoint, hide_secrets
-from lora_diag.checkpoints.distributed import INDEX
-from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import natural_order
 from lora_diag.errors import InputError
+from lora_diag.storage import Checkpoint, hide_secrets
+from lora_diag.storage.distributed import INDEX
+from lora_diag.storage.remote import RemotePath
 
 # A checkpoint in training keeps its names, shapes and sizes, so file contents are hashed, too:
 # every byte of a file of up to WHOLE_BYTES and of an adapter; of a larger file one page per STRIDE,

@@ -22,10 +22,6 @@ from lora_diag.adapters import Adapter, Input, Location, Orientation, Shape, loc
 from lora_diag.adapters.contents import find_missing_targets
 from lora_diag.adapters.placing import place_updates
 from lora_diag.adapters.source import StatedAlpha
-from lora_diag.checkpoints import Checkpoint, open_checkpoint, read_checkpoint
-from lora_diag.checkpoints.locating import find_named_weights
-from lora_diag.checkpoints.patches import open_tuned
-from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair, refuse_empty
 from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
 from lora_diag.gradients import GradientStep, locate_rows
@@ -39,6 +35,10 @@ from lora_diag.running.fingerprint import (
     legible,
     names_of,
 )
+from lora_diag.storage import Checkpoint, open_checkpoint, read_checkpoint
+from lora_diag.storage.locating import find_named_weights
+from lora_diag.storage.patches import open_tuned
+from lora_diag.storage.tensors import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from lora_diag.layers.metric import MomentLocation, Weighting

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from lora_diag.adapters.source import get_stated_alpha
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, footprint, natural_order
 from lora_diag.errors import Given, MemoryLimitError, UsageError
 from lora_diag.layers.task import LayerSettings, left_out_rows, left_out_vector
@@ -24,6 +23,7 @@ from lora_diag.running.engines.schedule import Sized
 from lora_diag.running.inputs import Comparison, compare
 from lora_diag.running.options import G, fill_options, list_own_settings, stated_alpha
 from lora_diag.running.progress import Progress, ProgressReporter, RunRecords
+from lora_diag.storage import Checkpoint
 from lora_diag.version import __version__
 
 L = TypeVar("L", bound=LayerRecord)

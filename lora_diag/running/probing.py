@@ -12,7 +12,6 @@ from typing import Any, Generic, cast
 from torch import Tensor
 
 from lora_diag.adapters.source import get_stated_alpha
-from lora_diag.checkpoints import Checkpoint, check_exists
 from lora_diag.deltas import Delta, Pairing
 from lora_diag.errors import Given, UsageError, flag
 from lora_diag.linalg.devices import resolve_device
@@ -27,6 +26,7 @@ from lora_diag.running.inputs import Comparison, compare, describe
 from lora_diag.running.layers import leave_out
 from lora_diag.running.options import G, fill_options, list_options, stated_alpha
 from lora_diag.running.progress import ProgressReporter, RunRecords
+from lora_diag.storage import Checkpoint, check_exists
 from lora_diag.version import __version__
 
 # Limit of the seeds of probes: later runs add to the seed, and random generators take 63 bits.

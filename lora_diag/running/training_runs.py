@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.data import Texts, read_texts
@@ -40,6 +39,7 @@ from lora_diag.running.layers import plan_device
 from lora_diag.running.options import G
 from lora_diag.running.probing import ProbeRun, Reductions, describe_texts
 from lora_diag.running.progress import ProgressReporter, RunRecords
+from lora_diag.storage import Checkpoint
 
 # A shape and a footprint by which the engine sends every run alone: its cost is above that of a
 # batch of layers.

@@ -23,7 +23,6 @@ from typing import Any
 
 from torch import nn
 
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.decisions.allocate.peft_config import PeftScaling, make_config, make_peft_config
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.plan.measure import plan
@@ -43,6 +42,7 @@ from lora_diag.records import Results
 from lora_diag.rendering.text import duration
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.training_runs import TrainRun, time_steps
+from lora_diag.storage import Checkpoint
 from lora_diag.tuning import TuneOptions
 from lora_diag.tuning.record import TunePlan, TuneStage
 from lora_diag.tuning.trials import find_shortest_names, target_modules

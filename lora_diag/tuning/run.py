@@ -12,7 +12,6 @@ from time import monotonic
 from typing import Any, Unpack
 
 from lora_diag.catalog import read_results
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.trainers import format_yaml, settings_of
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import Given, InputError, UsageError
@@ -29,6 +28,7 @@ from lora_diag.running.fingerprint import legible
 from lora_diag.running.options import show_options
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import TrainRun
+from lora_diag.storage import open_checkpoint
 from lora_diag.tuning import TuneOptions
 from lora_diag.tuning.planning import (
     EVALUATIONS,

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_diag.adapters import open_adapter
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import DenseDelta, FactoredDelta, StoredDelta
+from lora_diag.storage import open_checkpoint
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

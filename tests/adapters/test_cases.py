@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import LoradiagError
+from lora_diag.storage import open_checkpoint
 from tests.adapters.making import dense
 from tests.conftest import DATA
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from lora_diag.adapters import open_adapter
 from lora_diag.adapters.portable import write_portable
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import FactoredDelta
+from lora_diag.storage import open_checkpoint
 from tests.adapters.making import close, dense
 from tests.merges import gpt2, llama, peft_merge
 

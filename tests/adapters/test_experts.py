@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_diag.adapters import open_adapter
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import InputError
+from lora_diag.storage import open_checkpoint
 from tests.adapters.making import adapter, base, changes, close, normal
 from tests.messages import raises_naming
 

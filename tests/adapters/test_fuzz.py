@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diag.adapters import open_adapter
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import LoradiagError
+from lora_diag.storage import open_checkpoint
 from tests.adapters.making import base, dense, normal, write
 
 pytestmark = pytest.mark.slow

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.checkpoints import open_checkpoint
-from lora_diag.checkpoints.gguf_model import ARCHITECTURES, OUTSIDE_BLOCKS
 from lora_diag.diagnostics.portability.measure import make_portable
 from lora_diag.errors import InputError, LoradiagError
+from lora_diag.storage import open_checkpoint
+from lora_diag.storage.gguf_model import ARCHITECTURES, OUTSIDE_BLOCKS
 from tests.adapters import making
 from tests.adapters.making import changes, close, dense, normal
-from tests.checkpoints.gguf_files import write_gguf
-from tests.checkpoints.test_shared_cases import assert_true
 from tests.conftest import DATA
 from tests.messages import raises_naming
+from tests.storage.gguf_files import write_gguf
+from tests.storage.test_shared_cases import assert_true
 
 gguf = pytest.importorskip("gguf")
 CASES = [DATA / "formats" / name for name in ("gguf-lora", "gguf-lora-embed")]

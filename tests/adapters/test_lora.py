@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lora_diag.adapters import open_adapter
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import InputError, NothingComparedError
+from lora_diag.storage import open_checkpoint
 from tests.adapters.making import adapter, base, changes, close, normal
 from tests.messages import mentions, raises_naming
 

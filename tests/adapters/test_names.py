@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lora_diag.adapters import match_names
-from lora_diag.checkpoints import open_checkpoint
+from lora_diag.storage import open_checkpoint
 from tests.adapters.making import base, normal
 
 

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.adapters.contents import read_contents
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import FactoredDelta
 from lora_diag.errors import InputError
+from lora_diag.storage import open_checkpoint
 from tests.adapters.making import base, changes, close, normal, write
 from tests.messages import raises_naming
 

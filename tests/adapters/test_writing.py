@@ -23,9 +23,9 @@ from lora_diag.adapters.writing import (
     write_adapter,
 )
 from lora_diag.adapters.writing_targets import MemoryModel, PeftTarget
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import pair
 from lora_diag.errors import InputError
+from lora_diag.storage import open_checkpoint
 from tests import oracles
 from tests.adapters.making import adapter, close, dense, normal
 from tests.adapters.making import base as write_base

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import pair
 from lora_diag.errors import MemoryLimitError
 from lora_diag.layers import recovery
 from lora_diag.layers.recovery import recover_layer, recovery_bytes
+from lora_diag.storage import open_checkpoint
 from tests.conftest import DATA
 from tests.linalg.test_hidden import planted
 from tests.standin import OnGpu, stand_in

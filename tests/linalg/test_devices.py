@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import pair
 from lora_diag.layers.change import compute_on_device, load_change
 from lora_diag.linalg import devices
 from lora_diag.linalg.difference import Difference, difference
 from lora_diag.linalg.methods import decompose
+from lora_diag.storage import open_checkpoint
 from tests.standin import counted
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")

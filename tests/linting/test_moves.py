@@ -13,8 +13,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lora_diag.adapters import open_adapter
-from lora_diag.checkpoints import open_checkpoint
-from lora_diag.checkpoints.file_bytes import READING
 from lora_diag.linting.moves import (
     FORMATS,
     TypeSample,
@@ -27,6 +25,8 @@ from lora_diag.linting.moves import (
     simulate_path,
 )
 from lora_diag.running.inputs import pair_update
+from lora_diag.storage import open_checkpoint
+from lora_diag.storage.file_bytes import READING
 from tests.conftest import save_model
 from tests.linting.making import make_adapter, make_base
 

@@ -11,13 +11,13 @@ import torch
 import lora_diag
 from tests.adapters.making import normal, write
 from tests.adapters.test_fuzz import STARTS
-from tests.checkpoints import packed
-from tests.checkpoints.gguf_files import llama, write_gguf
-from tests.checkpoints.quantizing import eight_bit, four_bit, scaled
-from tests.checkpoints.sharding import Canary, save_dcp
-from tests.checkpoints.test_patches import patch as save_patch
-from tests.checkpoints.test_zero import save_zero
 from tests.conftest import save_model, save_sharded
+from tests.storage import packed
+from tests.storage.gguf_files import llama, write_gguf
+from tests.storage.quantizing import eight_bit, four_bit, scaled
+from tests.storage.sharding import Canary, save_dcp
+from tests.storage.test_patches import patch as save_patch
+from tests.storage.test_zero import save_zero
 
 W = "a.weight"
 QUANTIZED: dict[str, dict[str, torch.Tensor]] = {

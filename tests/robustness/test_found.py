@@ -9,9 +9,9 @@ import torch
 
 import lora_diag
 from lora_diag.catalog import read_results, table
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import InputError
 from lora_diag.linalg.methods import decompose
+from lora_diag.storage import open_checkpoint
 from tests.conftest import save_model, save_sharded
 from tests.messages import assert_names
 

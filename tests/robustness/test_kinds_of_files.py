@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_diag.checkpoints.file_bytes import FileBytes
 from lora_diag.errors import InputError
 from lora_diag.files import open_regular
+from lora_diag.storage.file_bytes import FileBytes
 from tests.conftest import ROOT, time_limit
 from tests.messages import raises_naming
 

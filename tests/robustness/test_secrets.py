@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lora_diag.catalog import commands
-from tests.checkpoints.web import Web, basic
 from tests.conftest import ROOT, Ran
+from tests.storage.web import Web, basic
 
 SAMPLES = ROOT / "sample_checkpoints"
 QPROJ = ("--layers", r"layers\.0\.self_attn\.q_proj")

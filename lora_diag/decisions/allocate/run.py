@@ -18,8 +18,6 @@ import numpy as np
 
 from lora_diag.adapters import open_adapter
 from lora_diag.catalog import read_results, read_results_of
-from lora_diag.checkpoints import locate_files
-from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.decisions.allocate import AllocateOptions
 from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate_one_rank
 from lora_diag.decisions.allocate.measure import allocate as allocate_spectra
@@ -46,6 +44,8 @@ from lora_diag.rendering.text import list_names
 from lora_diag.running.amounts import read_count, read_share
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.options import fill_options, list_typed_options, show_options
+from lora_diag.storage import locate_files
+from lora_diag.storage.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.version import __version__
 
 # ‖ΔW‖_F of two measurements of one update differ by at most this fraction.

@@ -15,8 +15,6 @@ from lora_diag.adapters.layouts import LAYOUTS, PEFT, Placed, check_layout
 from lora_diag.adapters.portable import convert
 from lora_diag.adapters.writing import check_converted, store_factors
 from lora_diag.adapters.writing_targets import PeftTarget
-from lora_diag.checkpoints import as_path
-from lora_diag.checkpoints.hub import loadable
 from lora_diag.decisions.extract import ExtractOptions
 from lora_diag.decisions.extract.measure import (
     ExtractionSettings,
@@ -54,6 +52,8 @@ from lora_diag.running.options import (
     show_options,
 )
 from lora_diag.running.output_folder import ADAPTER_FILES, FACTORS, OutputFolder, list_words
+from lora_diag.storage import as_path
+from lora_diag.storage.hub import loadable
 
 RECORDS = "extraction.jsonl"
 

@@ -18,7 +18,6 @@ from lora_diag.adapters.writing import (
     write_adapter,
 )
 from lora_diag.adapters.writing_targets import VERIFIED_MODELS, MemoryModel, PeftTarget
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.decisions.extract.measure import measure_left_out
 from lora_diag.deltas import Delta, Pairing, stored_name
 from lora_diag.errors import InputError
@@ -26,6 +25,7 @@ from lora_diag.records import LeftOut
 from lora_diag.running.engines import MachineLayout
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import leave_out
+from lora_diag.storage import Checkpoint
 
 RESIZED = "its vocabulary was resized"
 

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.merge import JudgeOptions, MergeMethod, MergeOptions
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, write_merge
 from lora_diag.decisions.merge.record import MergedLoss
@@ -38,6 +37,7 @@ from lora_diag.running.judging import require_finite
 from lora_diag.running.options import select_options
 from lora_diag.running.probing import ProbeRun, describe_texts
 from lora_diag.running.updates import tuned_path
+from lora_diag.storage import open_checkpoint
 
 # A model whose losses are compared: ``base``, ``alone`` or a method, and λ of a method.
 Model = tuple[str, float | None]

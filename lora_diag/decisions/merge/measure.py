@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lora_diag.adapters.writing import store_factors
-from lora_diag.checkpoints.rewriting import write_tensors
 from lora_diag.decisions.extract.measure import NUMERICALLY_ZERO, split_factors
 from lora_diag.decisions.merge import METHODS, MergeMethod
 from lora_diag.decisions.merge import methods as mergers
@@ -47,6 +46,7 @@ from lora_diag.linalg.methods import Allowance, decompose, require_memory, whole
 from lora_diag.metrics.energy import energy_curve, rank_at
 from lora_diag.records import LeftOut
 from lora_diag.running.updates import Update
+from lora_diag.storage.rewriting import write_tensors
 
 # Rows in which signs are compared.
 SAMPLED_ROWS = 64

@@ -16,9 +16,6 @@ from typing import Any, ClassVar, Unpack
 from lora_diag.adapters import locate
 from lora_diag.adapters.layouts import PEFT, check_layout
 from lora_diag.catalog import read_results
-from lora_diag.checkpoints import as_path
-from lora_diag.checkpoints.hub import loadable
-from lora_diag.checkpoints.rewriting import MODEL, MODEL_CONFIG, RECIPE, Replacement, write_changed
 from lora_diag.decisions.extract.run import place_target, write_in_format
 from lora_diag.decisions.extract.tensor_plan import TensorPlan, plan_tensors
 from lora_diag.decisions.merge import (
@@ -44,6 +41,9 @@ from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import fill_options, list_options, show_options
 from lora_diag.running.output_folder import ADAPTER_FILES, OutputFolder, list_words
 from lora_diag.running.updates import LayerUpdates, align_layers, list_unmeasured, tuned_path
+from lora_diag.storage import as_path
+from lora_diag.storage.hub import loadable
+from lora_diag.storage.rewriting import MODEL, MODEL_CONFIG, RECIPE, Replacement, write_changed
 
 RECORDS = "merge.jsonl"
 

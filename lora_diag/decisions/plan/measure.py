@@ -23,9 +23,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from lora_diag.adapters import locate
-from lora_diag.checkpoints import Checkpoint, TensorFile, TensorInfo, as_path
-from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
-from lora_diag.checkpoints.locating import find_named_weights
 from lora_diag.decisions.plan import PlanOptions
 from lora_diag.decisions.plan.architectures import (
     Matrix,
@@ -58,6 +55,9 @@ from lora_diag.running.amounts import read_count
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import open_base
 from lora_diag.running.options import fill_options, show_options
+from lora_diag.storage import Checkpoint, TensorFile, TensorInfo, as_path
+from lora_diag.storage.documents import MAX_CONFIG_BYTES, read_object
+from lora_diag.storage.locating import find_named_weights
 
 # Capacity of a parameter in bits after long training (Allen-Zhu and Li 2024, arXiv 2404.05405).
 BITS_PER_PARAM = 2

@@ -38,7 +38,6 @@ from torch import Tensor
 
 from lora_diag.adapters.experts import TRANSPOSED_MODELS
 from lora_diag.adapters.placing import Orientation
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.decisions.plan_merge import PlanMergeOptions
 from lora_diag.decisions.plan_merge.record import FormatEffect, PlannedMerge, conclude
 from lora_diag.deltas import BLOCK_ENTRIES, EXPERTS, Delta, DenseDelta, Side
@@ -51,6 +50,7 @@ from lora_diag.linalg.methods import require_memory
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
+from lora_diag.storage import Checkpoint
 
 # Largest values.
 E4M3, E2M1, INT4 = 448.0, 6.0, 7.0

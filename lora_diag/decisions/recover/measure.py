@@ -25,15 +25,6 @@ from torch import Tensor
 from lora_diag.adapters import Adapter
 from lora_diag.adapters.source import CONFIG
 from lora_diag.adapters.writing import WEIGHTS
-from lora_diag.checkpoints import Checkpoint, as_path, open_checkpoint
-from lora_diag.checkpoints.hub import loadable
-from lora_diag.checkpoints.rewriting import (
-    MODEL,
-    MODEL_CONFIG,
-    Replacement,
-    write_changed,
-    write_tensors,
-)
 from lora_diag.decisions.allocate.measure import Budget, allocate
 from lora_diag.decisions.extract.measure import NUMERICALLY_ZERO, split_factors
 from lora_diag.decisions.extract.tensor_plan import TensorPlan, plan_tensors
@@ -72,6 +63,15 @@ from lora_diag.running.options import (
     show_options,
 )
 from lora_diag.running.output_folder import CARD, OutputFolder, list_words
+from lora_diag.storage import Checkpoint, as_path, open_checkpoint
+from lora_diag.storage.hub import loadable
+from lora_diag.storage.rewriting import (
+    MODEL,
+    MODEL_CONFIG,
+    Replacement,
+    write_changed,
+    write_tensors,
+)
 
 # Source of what is written for a layer.
 Written = Literal["posterior", "file", "nothing"]

@@ -100,7 +100,7 @@ FEATURE = Feature(
         ),
         "lora_diag.records.probe:Probe",
     ),
-    functions=(".measure:trajectory", ".monitor:LoraMonitor", ".axolotl:AxolotlPlugin"),
+    functions=(".measure:checkpoints", ".monitor:LoraMonitor", ".axolotl:AxolotlPlugin"),
     statements=".show:checkpoints_lines",
     grids=".show:checkpoints_grids",
     section=Section("A training run", order=15),

@@ -38,7 +38,6 @@ import numpy as np
 import torch
 
 from lora_diag.adapters.source import get_stated_alpha
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import Delta, DenseDelta, row_spans
 from lora_diag.diagnostics.checkpoints import CheckpointsOptions
 from lora_diag.diagnostics.checkpoints.factors import Array
@@ -60,6 +59,7 @@ from lora_diag.running.judging import Judge, NamedModel, list_missing
 from lora_diag.running.options import ProbeOptions, Shifted, select_options
 from lora_diag.running.probing import ProbeRun, describe_texts
 from lora_diag.running.progress import RunRecords
+from lora_diag.storage import open_checkpoint
 
 # Rules by option, with the default of their numbers; NaN for one that must be given.
 RULES = {

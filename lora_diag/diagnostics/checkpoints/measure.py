@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, Unpack
 
 from lora_diag.adapters import locate
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, natural_order
 from lora_diag.diagnostics.checkpoints import CheckpointsOptions, factors
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
@@ -33,6 +32,7 @@ from lora_diag.running.inputs import Comparison, open_base
 from lora_diag.running.layers import LayerRun, check_ranks
 from lora_diag.running.options import show_options
 from lora_diag.running.progress import RunRecords
+from lora_diag.storage import Checkpoint
 from lora_diag.thin import MAX_RANK
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def _estimate_bytes(task: factors.LayerSeries, settings: factors.CheckpointsSett
 
 
 @show_options
-def trajectory(
+def checkpoints(
     run: Path | str | Sequence[Path | str], **options: Unpack[CheckpointsOptions]
 ) -> Results[CheckpointLayer]:
     r"""Measure how the updates of a training run evolve over its checkpoints, layer by layer.
@@ -366,8 +366,8 @@ def _conclude(
     if judged is not None:
         judged.judge(records)
     probes = [record for record in records.records if isinstance(record, Probe)]
-    checkpoints = pool_checkpoints(steps, series, records.layers, probes)
-    records.put(*checkpoints, judge_trajectory(records.layers, checkpoints))
+    pooled = pool_checkpoints(steps, series, records.layers, probes)
+    records.put(*pooled, judge_trajectory(records.layers, pooled))
 
 
 def measure_run(
@@ -383,7 +383,7 @@ def measure_run(
     if len(paths) == 2 and options.get("base") is None and list_checkpoints(paths[0]):
         options["base"], paths = paths[1], paths[:1]
     if not follow:
-        return trajectory(paths, **options)
+        return checkpoints(paths, **options)
     if len(paths) > 1 or any(options.get(name) for name in ("output", "on_record", "eval")):
         raise UsageError(
             Given("follow"),
@@ -393,7 +393,7 @@ def measure_run(
     from lora_diag.diagnostics.checkpoints.show import follow_run  # deferred: imports rich
 
     return follow_run(
-        paths[0], partial(trajectory, paths, **options), on_view or (lambda draw, lines: None)
+        paths[0], partial(checkpoints, paths, **options), on_view or (lambda draw, lines: None)
     )
 
 

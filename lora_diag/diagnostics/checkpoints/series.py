@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from lora_diag.adapters import is_adapter
-from lora_diag.checkpoints import as_path
-from lora_diag.checkpoints.locating import find_named_weights
-from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.diagnostics.checkpoints.trainer import STATE, Log, read_log
 from lora_diag.errors import InputError, NothingComparedError
+from lora_diag.storage import as_path
+from lora_diag.storage.locating import find_named_weights
+from lora_diag.storage.remote import RemotePath
 
 # Results file that ``LoraMonitor`` writes in the folder of a run.
 MONITOR = "monitor.jsonl"

@@ -23,8 +23,6 @@ import torch
 from lora_diag import thin
 from lora_diag.adapters import Adapter, is_adapter, locate, open_input
 from lora_diag.adapters.source import StatedAlpha
-from lora_diag.checkpoints import as_path
-from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, natural_order, selector
 from lora_diag.diagnostics.fleet import FleetOptions
 from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
@@ -37,11 +35,13 @@ from lora_diag.running.fingerprint import content_hash, files_of, fingerprint, l
 from lora_diag.running.inputs import open_base, open_update, pair_update
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
+from lora_diag.storage import as_path
+from lora_diag.storage.remote import RemotePath
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lora_diag.checkpoints.file_bytes import Numbers
+    from lora_diag.storage.file_bytes import Numbers
 
 
 # Maximum number of entries of factors that are read at once: 2 MiB in float32.

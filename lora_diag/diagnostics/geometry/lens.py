@@ -23,12 +23,12 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from lora_diag.checkpoints import Checkpoint
-from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, read_object
 from lora_diag.deltas import Side, has_tied_head, is_head, is_table, row_blocks
 from lora_diag.diagnostics.geometry.record import TokenDirection
 from lora_diag.errors import InputError
 from lora_diag.linalg.devices import move
+from lora_diag.storage import Checkpoint
+from lora_diag.storage.documents import MAX_INDEX_BYTES, read_object
 
 # Directions of an update that are looked at, and tokens of each that a record holds.
 DIRECTIONS, TOKENS = 4, 8

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lora_diag.adapters import locate
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, StoredDelta
 from lora_diag.diagnostics.geometry import GeometryOptions
 from lora_diag.diagnostics.geometry.lens import DIRECTIONS, find_tables, look_through
@@ -53,6 +52,7 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.running.inputs import open_base
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
+from lora_diag.storage import Checkpoint
 
 NEEDS_BASE = (
     "an update is compared with the weight that it changes, and BASE does not hold this one"

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lora_diag.adapters import Adapter
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, drop_base, footprint, selector
 from lora_diag.diagnostics.overlap import OverlapOptions
 from lora_diag.diagnostics.overlap.record import Overlap
@@ -43,6 +42,7 @@ from lora_diag.running.engines import run_local
 from lora_diag.running.inputs import Comparison, describe_steps
 from lora_diag.running.layers import LayerRun, check_ranks
 from lora_diag.running.options import Matching, Method, Workers, show_options
+from lora_diag.storage import Checkpoint
 
 # Bound on energy fractions that ``krylov`` has to reach before its vectors are used; else all of
 # them are computed. Measured at 1024² and 2048×1024, r up to 64, spectra i^-1 to i^-3 and planted

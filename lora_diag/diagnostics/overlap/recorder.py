@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_diag.adapters import match_names
-from lora_diag.checkpoints.safetensors import write_safetensors
-from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.deltas import row_spans, selector
 from lora_diag.diagnostics.overlap.measure import Reference, Subspaces, overlaps
 from lora_diag.diagnostics.overlap.record import Overlap
@@ -34,6 +32,8 @@ from lora_diag.models.weights import (
 )
 from lora_diag.records import LeftOut, ResultsWriter, Run, RunInput, totals
 from lora_diag.records.names import module_type_of
+from lora_diag.storage.safetensors import write_safetensors
+from lora_diag.storage.tensors import TensorInfo
 from lora_diag.version import __version__
 
 

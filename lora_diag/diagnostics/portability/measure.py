@@ -19,7 +19,6 @@ from lora_diag.adapters.contents import Contents, Item, Part, read_contents
 from lora_diag.adapters.portable import write_portable
 from lora_diag.adapters.source import StatedAlpha, get_stated_alpha
 from lora_diag.adapters.updates import UpdateSite
-from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, DenseDelta, Pairing, Unpaired, drop_base, selector
 from lora_diag.diagnostics.portability import PortabilityOptions
 from lora_diag.diagnostics.portability.consumers import (
@@ -48,6 +47,7 @@ from lora_diag.rendering.tables import Column, Grid
 from lora_diag.running.inputs import describe, describe_adapter
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
+from lora_diag.storage import Checkpoint
 
 if TYPE_CHECKING:
     from lora_diag.linalg.distance import Matrix

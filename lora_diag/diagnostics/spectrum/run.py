@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Unpack
 
-from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import Pairing, Unpaired, footprint
 from lora_diag.diagnostics.spectrum import SpectrumOptions
 from lora_diag.diagnostics.spectrum.record import Spectrum
@@ -26,6 +25,7 @@ from lora_diag.running.inputs import (
 )
 from lora_diag.running.layers import LayerRun, check_ranks
 from lora_diag.running.options import show_options
+from lora_diag.storage.remote import RemotePath
 
 
 @show_options

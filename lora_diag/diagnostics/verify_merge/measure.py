@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 
 from lora_diag.adapters import Adapter
-from lora_diag.checkpoints import Checkpoint
-from lora_diag.checkpoints.rewriting import read_recipe
 from lora_diag.deltas import (
     Delta,
     FactoredDelta,
@@ -49,6 +47,8 @@ from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import RunOptions, show_options
+from lora_diag.storage import Checkpoint
+from lora_diag.storage.rewriting import read_recipe
 
 # Number of changed entries inspected to infer the dtype of MERGED's values.
 SAMPLE = 2**16

@@ -7,9 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Unpack
 
-from lora_diag.checkpoints import Checkpoint, open_checkpoint
-from lora_diag.checkpoints.safetensors import write_safetensors
-from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.deltas import natural_order, selector
 from lora_diag.errors import Given, NothingComparedError, UsageError
 from lora_diag.files import SECOND_MOMENTS, check_output
@@ -30,6 +27,9 @@ from lora_diag.running.fingerprint import fingerprint, legible
 from lora_diag.running.inputs import GRADIENTS, MOMENTS
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun
+from lora_diag.storage import Checkpoint, open_checkpoint
+from lora_diag.storage.safetensors import write_safetensors
+from lora_diag.storage.tensors import TensorInfo
 from lora_diag.version import __version__
 
 

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import natural_order, selector
 from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
 from lora_diag.linalg.krylov import Eigenpairs, basis_size, eigenpairs, extreme_eigenpairs
@@ -46,6 +45,7 @@ from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import SEQUENCES, ProbeRun, describe_texts, left_out
 from lora_diag.running.progress import RunRecords
+from lora_diag.storage import Checkpoint, open_checkpoint
 
 # Fractions of the projected gradient at which eigenpairs are counted, and of its energy at which
 # ranks are.

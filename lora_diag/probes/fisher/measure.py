@@ -29,7 +29,6 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
 from lora_diag.linalg.exact import Factors
 from lora_diag.models.activations import input_of, linear_layers
@@ -45,6 +44,7 @@ from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import SEQUENCES, ProbeRun, describe_texts, left_out
 from lora_diag.running.progress import RunRecords
+from lora_diag.storage import open_checkpoint
 
 # Memory limit of the logits of the unchanged model, which are kept because every change is compared
 # with them.

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import Given, UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
@@ -42,6 +41,7 @@ from lora_diag.running.options import show_options
 from lora_diag.running.probing import SEQUENCES
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, TrainRun, Trial
+from lora_diag.storage import open_checkpoint
 
 Method = Literal["plain", "said"]
 

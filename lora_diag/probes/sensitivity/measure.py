@@ -17,7 +17,6 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import selector
 from lora_diag.errors import InputError, NothingComparedError
 from lora_diag.linalg.difference import norm
@@ -43,6 +42,7 @@ from lora_diag.running.options import show_options
 from lora_diag.running.probing import SEQUENCES
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, TrainRun, Trial
+from lora_diag.storage import Checkpoint, open_checkpoint
 
 # Time of a step of LoRA on one unit, in forward passes of its batch; the mean over depths, to which
 # gradients go back.

@@ -17,7 +17,6 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import Given, UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.opening import Model
@@ -36,6 +35,7 @@ from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, TrainRun, Trial
+from lora_diag.storage import open_checkpoint
 
 # Quantiles of N(0, 1) with an exact zero: Dettmers et al. 2023, QLoRA, appendix E.
 NF4 = (

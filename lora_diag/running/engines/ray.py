@@ -26,7 +26,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from lora_diag.checkpoints import FORMATS
 from lora_diag.errors import (
     Given,
     InputError,
@@ -39,6 +38,7 @@ from lora_diag.errors import (
 from lora_diag.running.engines.local import MachineLayout
 from lora_diag.running.engines.schedule import REACH, Batch, Capacity, Sized, batches, in_order
 from lora_diag.running.engines.worker import Job, measure_batch
+from lora_diag.storage import FORMATS
 from lora_diag.version import __version__
 
 # Retries of a batch on other workers before its layers are retried one by one and then abandoned.

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lora_diag
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.extract.measure import ExtractionSettings, Rank, extract
 from lora_diag.deltas import Side
 from lora_diag.errors import UsageError
 from lora_diag.layers.metric import MomentLocation, Weighting
+from lora_diag.storage import open_checkpoint
 from tests import oracles
 from tests.adapters.making import product
 from tests.conftest import ROOT

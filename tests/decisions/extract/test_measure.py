@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 import lora_diag
 from lora_diag import deltas
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.extract.measure import ExtractionSettings, ExtractLayer, Rank, extract
 from lora_diag.deltas import FactoredDelta, pair
 from lora_diag.errors import InputError, UsageError
+from lora_diag.storage import open_checkpoint
 from tests.messages import raises_naming
 from tests.oracles import best_approximation, with_spectrum
 from tests.probes.making import SAMPLES

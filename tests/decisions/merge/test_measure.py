@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.merge import METHODS
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, merge_layer
 from lora_diag.deltas import DenseDelta, FactoredDelta
 from lora_diag.running.updates import Update
+from lora_diag.storage import open_checkpoint
 
 
 def make_update(name, values, weight=1.0):

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 import lora_diag
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.plan_merge import measure as measuring
 from lora_diag.decisions.plan_merge.measure import (
     GROUPS,
@@ -30,6 +29,7 @@ from lora_diag.decisions.plan_merge.record import (
 )
 from lora_diag.deltas import FactoredDelta, Side
 from lora_diag.errors import UsageError
+from lora_diag.storage import open_checkpoint
 from tests.adapters.making import lora
 from tests.building import build
 from tests.conftest import ROOT, save_model

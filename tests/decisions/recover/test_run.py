@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 import lora_diag
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.recover.show import recovery_lines
 from lora_diag.deltas import pair
 from lora_diag.layers.recovery import estimate_hidden_energy
+from lora_diag.storage import open_checkpoint
 from tests.adapters.making import lora, product
 from tests.conftest import save_model
 from tests.linalg.test_hidden import low_rank_of, planted

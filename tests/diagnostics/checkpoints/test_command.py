@@ -42,13 +42,13 @@ def test_steps_are_read_from_names(tmp_path, name):
     for other in ("runs", "tmp-checkpoint-200", "step_200.part"):
         (tmp_path / "out" / other).mkdir()
     (tmp_path / "out" / "step_notes.txt").write_text("")
-    assert steps_of(lora_diag.trajectory(tmp_path / "out")) == [9, 10, 100]
+    assert steps_of(lora_diag.checkpoints(tmp_path / "out")) == [9, 10, 100]
     paths = [tmp_path / "out" / name.format(step) for step in (100, 9, 10)]
-    assert steps_of(lora_diag.trajectory(paths)) == [9, 10, 100]
+    assert steps_of(lora_diag.checkpoints(paths)) == [9, 10, 100]
 
 
 def test_trainer_log_is_kept_with_its_step(out):
-    records = lora_diag.trajectory(out).whole_of(RunCheckpoint)
+    records = lora_diag.checkpoints(out).whole_of(RunCheckpoint)
     for before, record in zip([0, *STEPS], records, strict=False):
         rates = [
             np.interp(s, range(5, 101, 5), [cosine_rate(x, 100) for x in range(5, 101, 5)])
@@ -72,9 +72,9 @@ def test_final_model_counts_if_it_differs(out, final):
     if final == "unknown":
         write_state(out, STEPS[-2], STEPS[-2])
         with raises_naming(InputError, out, "step"):
-            lora_diag.trajectory(out)
+            lora_diag.checkpoints(out)
         return
-    records = lora_diag.trajectory(out).whole_of(RunCheckpoint)
+    records = lora_diag.checkpoints(out).whole_of(RunCheckpoint)
     assert [record.step for record in records] == list(STEPS)
     assert [record.final for record in records] == [False] * 9 + [final == "other"]
 
@@ -123,7 +123,7 @@ def test_bad_run_is_one_message(out, case):
     spoil, error = BAD[case]
     spoil(out)
     with raises_naming(error, out.name):
-        lora_diag.trajectory(out)
+        lora_diag.checkpoints(out)
 
 
 def test_other_shape_and_other_layers_are_named(tmp_path):
@@ -132,9 +132,9 @@ def test_other_shape_and_other_layers_are_named(tmp_path):
         name: (b[:-1], a) if name == LAYERS[0] else (b, a) for name, (b, a) in updates[1].items()
     }
     with raises_naming(InputError, "checkpoint-2", LAYERS[0]):
-        lora_diag.trajectory(save_run(tmp_path / "shape", updates, (1, 2, 3)))
+        lora_diag.checkpoints(save_run(tmp_path / "shape", updates, (1, 2, 3)))
     updates[1] = {name: pair for name, pair in updates[1].items() if name != LAYERS[0]}
-    results = lora_diag.trajectory(save_run(tmp_path / "missing", updates, (1, 2, 3)))
+    results = lora_diag.checkpoints(save_run(tmp_path / "missing", updates, (1, 2, 3)))
     assert [(item.layer, item.reason) for item in results.left_out] == [
         (LAYERS[0], "only_in_adapter")
     ]
@@ -196,7 +196,7 @@ def test_results_are_shown_drawn_reported_and_judged(out, tmp_path, run):
 
 
 def test_figure_draws_norms_and_overlaps_of_records(out):
-    results = lora_diag.trajectory(out)
+    results = lora_diag.checkpoints(out)
     figure = results.plot("checkpoints")
     norms, _, increments, overlaps = figure.axes[:4]
     record = next(r for r in results if r.step == STEPS[4])
@@ -255,7 +255,7 @@ def test_layer_that_is_not_finite_at_one_step_is_drawn(tmp_path):
     updates[3] = updates[3] | {
         name: (np.full_like(updates[3][name][0], np.nan), *updates[3][name][1:])
     }
-    results = lora_diag.trajectory(save_run(tmp_path / "out", updates))
+    results = lora_diag.checkpoints(save_run(tmp_path / "out", updates))
     assert sum(record.non_finite is not None for record in results) == 1
     overlaps = (
         results.plot("checkpoints")
@@ -271,15 +271,15 @@ def test_layer_that_is_not_finite_at_one_step_is_drawn(tmp_path):
 
 
 def test_two_checkpoints_have_no_course(tmp_path):
-    results = lora_diag.trajectory(save_run(tmp_path / "out", healthy()[:2], (1, 2)))
+    results = lora_diag.checkpoints(save_run(tmp_path / "out", healthy()[:2], (1, 2)))
     assert (results.whole[-1].state, results.whole[-1].growth) == (None, None)
     assert json.loads(results.whole[-1].model_dump_json())["spike"] is None
 
 
 def test_options_are_checked(out):
     with raises_naming(UsageError, "directions=0"):
-        lora_diag.trajectory(out, directions=0)
+        lora_diag.checkpoints(out, directions=0)
     with raises_naming(UsageError, "ranks"):
-        lora_diag.trajectory(out, ranks=())
+        lora_diag.checkpoints(out, ranks=())
     with pytest.raises(NothingComparedError):
-        lora_diag.trajectory(out, layers="nothing")
+        lora_diag.checkpoints(out, layers="nothing")

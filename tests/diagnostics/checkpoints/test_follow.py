@@ -192,7 +192,7 @@ def test_follow_measures_checkpoints_as_they_arrive(tmp_path, monkeypatch):
                 '{"global_step": 20, "max_steps": 20}'
             )
 
-    results, lines, _ = collect(run, monkeypatch, on_look, lambda: lora_diag.trajectory(run))
+    results, lines, _ = collect(run, monkeypatch, on_look, lambda: lora_diag.checkpoints(run))
     assert [each.step for each in results.whole_of(RunCheckpoint)] == [10, 20]
     assert_names(lines[0], "waiting", "monitor.jsonl")
     assert [line.partition(",")[0] for line in lines[-2:]] == ["step 10", "step 20"]
@@ -227,10 +227,10 @@ def test_checkpoint_without_weights_is_named(tmp_path):
     (tmp_path / "checkpoint-20").mkdir()
     (tmp_path / "checkpoint-20" / "README.md").touch()
     with raises_naming(InputError, tmp_path / "checkpoint-20", "no weights"):
-        lora_diag.trajectory(tmp_path)
+        lora_diag.checkpoints(tmp_path)
     (tmp_path / "checkpoint-20" / "model.safetensors").touch()
     with raises_naming(UsageError, tmp_path / "checkpoint-20", "BASE"):
-        lora_diag.trajectory(tmp_path)
+        lora_diag.checkpoints(tmp_path)
 
 
 def test_follow_refuses_what_it_cannot_follow(tmp_path, monkeypatch):

@@ -111,7 +111,7 @@ def full_run(base, adapters, folder):
 
 
 def judged(base, out, text, **options):
-    return lora_diag.trajectory(out, base=base, eval=[text], batch=4, **options)
+    return lora_diag.checkpoints(out, base=base, eval=[text], batch=4, **options)
 
 
 def merged_losses(base, update, text):
@@ -329,10 +329,10 @@ def test_invalid_rule_is_refused(option, text):
 def test_evaluation_without_base_is_refused(run):
     _, out, text = run
     with pytest.raises(UsageError) as error:
-        lora_diag.trajectory(out, eval=[text])
+        lora_diag.checkpoints(out, eval=[text])
     assert_names(str(error.value), "eval", "BASE")
     with pytest.raises(UsageError) as error:
-        lora_diag.trajectory(out, average=["uniform"])
+        lora_diag.checkpoints(out, average=["uniform"])
     assert_names(str(error.value), "average", "eval")
 
 

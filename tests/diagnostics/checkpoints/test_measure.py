@@ -107,7 +107,7 @@ def check_checkpoints(found: list[RunCheckpoint], updates: list[list[np.ndarray]
 @pytest.mark.parametrize("rank", [1, 3])
 def test_adapters_against_numpy(tmp_path, rank):
     steps = factors(np.random.default_rng(rank), rank)
-    found = lora_diag.trajectory(save_run(tmp_path / "run", steps, TIMES, 0.5), directions=K)
+    found = lora_diag.checkpoints(save_run(tmp_path / "run", steps, TIMES, 0.5), directions=K)
     updates = [
         [0.5 * b.astype(float) @ a.astype(float) for b, a in step.values()] for step in steps
     ]
@@ -128,7 +128,7 @@ def test_base_gives_relative_norm_of_adapters(tmp_path, rank):
     run = save_run(tmp_path / "run", steps, TIMES)
     base = {name: rng.standard_normal((80, 75)).astype(np.float32) for name in LAYERS[:2]}
     save_full(tmp_path, base, [], [])
-    found = lora_diag.trajectory(run, base=tmp_path / "base", directions=K)
+    found = lora_diag.checkpoints(run, base=tmp_path / "base", directions=K)
     updates = [[b.astype(float) @ a.astype(float) for b, a in step.values()] for step in steps]
     for i, record in enumerate(found):
         layer, t = divmod(i, len(TIMES))
@@ -144,7 +144,7 @@ def test_full_checkpoints_against_numpy(tmp_path):
         for name, delta in deltas[1].items()
     }
     run = save_full(tmp_path, base, deltas, TIMES)
-    found = lora_diag.trajectory(run, base=tmp_path / "base", directions=K)
+    found = lora_diag.checkpoints(run, base=tmp_path / "base", directions=K)
     stored = [
         [
             (w + d[name]).astype(np.float32).astype(float) - w.astype(float)
@@ -209,7 +209,7 @@ def test_ranks_may_differ_between_steps(tmp_path):
         }
         for r in (4, 2, 3)
     ]
-    found = lora_diag.trajectory(save_run(tmp_path / "run", steps, TIMES), directions=K)
+    found = lora_diag.checkpoints(save_run(tmp_path / "run", steps, TIMES), directions=K)
     updates = [b.astype(float) @ a.astype(float) for step in steps for b, a in step.values()]
     for t, record in enumerate(found):
         check(record, t, updates, None)
@@ -218,13 +218,13 @@ def test_ranks_may_differ_between_steps(tmp_path):
 
 def test_equal_checkpoints_have_increment_zero(tmp_path):
     steps = factors(np.random.default_rng(0), 2)
-    found = lora_diag.trajectory(save_run(tmp_path / "run", [steps[0], steps[0], steps[2]], TIMES))
+    found = lora_diag.checkpoints(save_run(tmp_path / "run", [steps[0], steps[0], steps[2]], TIMES))
     again = [record for record in found if record.step == TIMES[1]]
     assert [(record.increment, record.cosine, record.unchanged) for record in again] == [
         (0, None, 1)
     ] * 2
     assert found.whole[-1].repeated == (TIMES[1],)
-    still = lora_diag.trajectory(save_run(tmp_path / "still", [steps[0]] * 3, TIMES)).whole[-1]
+    still = lora_diag.checkpoints(save_run(tmp_path / "still", [steps[0]] * 3, TIMES)).whole[-1]
     assert (still.repeated, still.cosine) == (TIMES[1:], None)
     assert still.state != "random walk"
 
@@ -232,7 +232,7 @@ def test_equal_checkpoints_have_increment_zero(tmp_path):
 def test_update_that_is_not_finite_leaves_others_measured(tmp_path):
     steps = factors(np.random.default_rng(0), 2, count=4)
     steps[1][LAYERS[0]][1][1, 3] = np.nan
-    found = lora_diag.trajectory(save_run(tmp_path / "run", steps, (*TIMES, 30)))
+    found = lora_diag.checkpoints(save_run(tmp_path / "run", steps, (*TIMES, 30)))
     bad, good = (found.layers[i * 4 : i * 4 + 4] for i in range(2))
     assert [record.fro is None for record in bad] == [False, True, False, False]
     assert "[1, 3]" in bad[1].non_finite
@@ -246,7 +246,7 @@ def test_update_that_is_not_finite_leaves_others_measured(tmp_path):
 def test_factors_alone_need_no_torch(tmp_path):
     run = save_run(tmp_path / "run", factors(np.random.default_rng(0), 2), TIMES)
     code = (
-        f"import lora_diag, sys; lora_diag.trajectory({str(run)!r}); assert 'torch' not in "
+        f"import lora_diag, sys; lora_diag.checkpoints({str(run)!r}); assert 'torch' not in "
         "sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -256,7 +256,7 @@ def test_factors_alone_need_no_torch(tmp_path):
 def test_numbers_equal_those_of_spectrum():
     """Of a checkpoint of the sample model's run, as both commands read it."""
     run = ROOT / "sample_checkpoints" / "run"
-    found = lora_diag.trajectory(run)
+    found = lora_diag.checkpoints(run)
     last = found.whole_of(RunCheckpoint)[-1]
     by_layer = {record.layer: record for record in lora_diag.spectrum(last.path)}
     for record in found:

@@ -99,7 +99,7 @@ def test_monitor_numbers_equal_those_of_saved_checkpoints(tmp_path):
                 (spectrum.fro, spectrum.stable_rank), rel=1e-6
             )
     for measured, saved in zip(
-        checkpoints, lora_diag.trajectory(run).whole_of(RunCheckpoint), strict=True
+        checkpoints, lora_diag.checkpoints(run).whole_of(RunCheckpoint), strict=True
     ):
         fields = ("fro", "increment", "cosine", "spectral_share", "effective_rank", "train_loss")
         for name in fields:
@@ -119,7 +119,7 @@ def test_monitor_of_full_fine_tune_equals_its_checkpoints(tmp_path):
     model.save_pretrained(tmp_path / "base")
     monitor = LoraMonitor(tmp_path / "m.jsonl", every=2)
     trainer_of(model, tmp_path, [monitor], max_steps=6, save_strategy="steps", save_steps=2).train()
-    saved = lora_diag.trajectory(tmp_path / "trainer", base=tmp_path / "base")
+    saved = lora_diag.checkpoints(tmp_path / "trainer", base=tmp_path / "base")
     found = {
         (record.layer, record.step): record
         for record in lora_diag.read_results(tmp_path / "m.jsonl")

@@ -153,7 +153,7 @@ def test_state_of_planted_run(tmp_path, case):
         for update in change(healthy(shape=(160, 140)))
     ]
     run = save_run(tmp_path / "run", updates, state=case != "walk")
-    found = lora_diag.trajectory(run).whole[-1]
+    found = lora_diag.checkpoints(run).whole[-1]
     assert found.state == state
     if step is not None:
         assert found.step == step
@@ -167,7 +167,7 @@ def test_state_of_planted_run(tmp_path, case):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_healthy_run_raises_no_alarm(tmp_path, seed):
-    found = lora_diag.trajectory(save_run(tmp_path / "run", healthy(seed))).whole[-1]
+    found = lora_diag.checkpoints(save_run(tmp_path / "run", healthy(seed))).whole[-1]
     assert (found.state, found.dead, found.collapsed, found.spiked, found.swapped) == (
         "settled",
         0,
@@ -185,7 +185,7 @@ def test_constant_steps_still_grow(tmp_path):
         {n: ((b * t / STEPS[-1]).astype(np.float32), a) for n, (b, a) in last.items()}
         for t in STEPS
     ]
-    results = lora_diag.trajectory(save_run(tmp_path / "run", updates, state=False))
+    results = lora_diag.checkpoints(save_run(tmp_path / "run", updates, state=False))
     found = results.whole[-1]
     assert (found.state, found.settled, found.settled_schedule) == ("growing", None, None)
     assert found.growth == pytest.approx(0.1, abs=1e-6)
@@ -209,7 +209,7 @@ def test_noise_at_the_end_of_a_schedule_is_no_spike(tmp_path):
         }
         for update in healthy()
     ]
-    assert lora_diag.trajectory(save_run(tmp_path / "run", updates)).whole[-1].state == "settled"
+    assert lora_diag.checkpoints(save_run(tmp_path / "run", updates)).whole[-1].state == "settled"
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def judge(folder, saved, log):
         (step / "trainer_state.json").write_text(
             json.dumps({"global_step": t, "log_history": history})
         )
-    return lora_diag.trajectory(folder).whole[-1]
+    return lora_diag.checkpoints(folder).whole[-1]
 
 
 def alarms(found):
@@ -173,7 +173,7 @@ def test_five_large_steps_of_one_layer_are_named(tmp_path, schedule):
     found = judge(tmp_path, *Simulation(0).run(schedule, rush))
     assert (found.state, found.step) == ("spiked", 220)
     assert found.affected["spiked"] == (name_of(4),)
-    results = lora_diag.trajectory(tmp_path)
+    results = lora_diag.checkpoints(tmp_path)
     assert_names(
         "\n".join(line.text for line in checkpoints_lines(results)),
         "spiked at step 220",
@@ -205,7 +205,7 @@ def test_checkpoints_of_two_runs_are_called_so(tmp_path, is_other, evidence):
     for t in filter(is_other, saved):
         (tmp_path / "out" / f"checkpoint-{t}").rename(tmp_path / f"checkpoint-{t}")
         (tmp_path / "other" / f"checkpoint-{t}").rename(tmp_path / "out" / f"checkpoint-{t}")
-    assert lora_diag.trajectory(tmp_path / "out").whole[-1].state == "two runs"
+    assert lora_diag.checkpoints(tmp_path / "out").whole[-1].state == "two runs"
 
 
 def save_walk(folder, seed, momentum=0.0, drift=0.0, interval=20, count=20):

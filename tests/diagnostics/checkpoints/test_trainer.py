@@ -111,7 +111,7 @@ def test_number_that_no_training_has_is_named(tmp_path, field, number):
     run = save_run(tmp_path / "out", healthy()[:3], (10, 20, 30), state=False)
     write_text(run / "checkpoint-30", f'{{"global_step": 30, "log_history": [{log}]}}')
     with raises_naming(InputError, run / "checkpoint-30" / trainer.STATE, field, "step 10"):
-        lora_diag.trajectory(run)
+        lora_diag.checkpoints(run)
 
 
 def test_losses_that_are_not_finite_are_left_out(tmp_path):
@@ -127,7 +127,7 @@ def test_logs_of_two_runs_contradict_each_other(tmp_path):
     assert find_series([run]).foreign == set()
     write_state(run / "checkpoint-60", 60, 100, log_history=[{"step": 5, "loss": 3.0}])
     assert find_series([run]).foreign == {60, 70}
-    found = lora_diag.trajectory(run).whole[-1]
+    found = lora_diag.checkpoints(run).whole[-1]
     assert (found.state, found.step) == ("two runs", 60)
 
 

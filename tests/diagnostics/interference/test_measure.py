@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 import lora_diag
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.diagnostics.interference.measure import select_spectra
 from lora_diag.diagnostics.interference.record import Interference, Union
 from lora_diag.diagnostics.interference.show import compare_lengths, interference_lines
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg.distance import merge_entries
+from lora_diag.storage import open_checkpoint
 from tests import oracles
 from tests.adapters.making import dense, lora
 from tests.conftest import ROOT, save_model, weights

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lora_diag
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import UsageError
 from lora_diag.metrics.subspaces import compute_distances, find_limit, pool_distances
+from lora_diag.storage import open_checkpoint
 from tests import oracles
 from tests.adapters import making
 from tests.conftest import DATA, ROOT, as_numpy, save_model, weights

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_diag.adapters import open_adapter
-from lora_diag.checkpoints import open_checkpoint
-from lora_diag.checkpoints.file_bytes import READING
 from lora_diag.deltas import Side
 from lora_diag.diagnostics.verify_merge.faults import MergedLayer
 from lora_diag.diagnostics.verify_merge.measure import verify, verify_merge
 from lora_diag.diagnostics.verify_merge.record import outcome
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.running.engines import local
+from lora_diag.storage import open_checkpoint
+from lora_diag.storage.file_bytes import READING
 from tests.adapters import making
 from tests.conftest import DATA, save_model
 from tests.merges import Merged, gpt2, llama, mixtral, peft_merge, write

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 
 import lora_diag
 from lora_diag import Ray
-from lora_diag.checkpoints import open_checkpoint
 from lora_diag.diagnostics.fleet.measure import FleetPath, FleetSettings, Member, _measure_on_worker
 from lora_diag.errors import InputError, UsageError
 from lora_diag.models.data import read_texts
@@ -33,15 +32,16 @@ from lora_diag.running.engines.ray import import_ray
 from lora_diag.running.engines.worker import Job, open_job
 from lora_diag.running.layers import DevicePlan, plan_device
 from lora_diag.running.training_runs import Site, TrainRun, drop_sequences, open_site
+from lora_diag.storage import open_checkpoint
 from lora_diag.tuning.record import TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.search import Tuner
 from lora_diag.version import __version__
-from tests.checkpoints.web import Web
 from tests.conftest import PATIENCE, ROOT, save_model
 from tests.linalg.test_hidden import planted
 from tests.messages import raises_naming
 from tests.probes.making import gpt2, some_text
 from tests.running.engines import faulty
+from tests.storage.web import Web
 
 # The module: ``lora_diag.spectrum`` is the function.
 api = sys.modules["lora_diag.diagnostics.spectrum.run"]

@@ -35,7 +35,7 @@ def main(roots: list[Path]) -> None:
     worst = Counter[str]()
     for adapter, base in (pair for root in roots for pair in find_pairs(root)):
         try:
-            findings = lint(adapter, base).whole_of(LintFinding)
+            findings = lint(base, adapter).whole_of(LintFinding)
         except LoradiagError as error:
             print(f"{adapter}: cannot be read: {error}")
             worst["unreadable"] += 1

@@ -430,7 +430,7 @@ def test_commands_import_no_heavy_modules(pair_of_models, loradiag, tmp_path):
         [
             [
                 "lint",
-                *(str(ROOT / "sample_checkpoints" / name) for name in ("lora_r4", "base")),
+                *(str(ROOT / "sample_checkpoints" / name) for name in ("base", "lora_r4")),
                 "--lr",
                 "1e-4",
             ],

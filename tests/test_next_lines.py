@@ -39,8 +39,8 @@ STARTS = (
     "spectrum base full -o s.jsonl",
     "spectrum base lora",
     "spectrum lora",
-    f"checkpoints run base {EVAL} -o ck.jsonl",
-    "checkpoints run base",
+    f"checkpoints base run {EVAL} -o ck.jsonl",
+    "checkpoints base run",
     "interference base lora other",
     "fleet lora other run",
     "overlap base lora --gradients gradients",
@@ -55,14 +55,14 @@ STARTS = (
     "merge base lora other -o m/",
     "merge base lora --checkpoint -o merged1/",
     "portability lora",
-    "portability lora base -o p.jsonl",
+    "portability base lora -o p.jsonl",
     "portability lora --consumers mlx",
     f"probe outputs base lora other {EVAL}",
     f"probe outputs base full lora {EVAL} -o o.jsonl",
     f"probe strength base lora {EVAL} -o t.jsonl",
     f"probe truncation base full {EVAL} --ranks 1,4",
     "probe fisher base full --data held_out.txt --length 64 -o f.jsonl",
-    "lint run/checkpoint-100 base",
+    "lint base run/checkpoint-100",
 )
 
 # How far a chain is followed, and the codes of a check that ends otherwise than done.

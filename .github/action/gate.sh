@@ -40,7 +40,7 @@ if [ -n "${CONFIG:-}" ]; then
   mkdir -p -- "$folder"
   words=(--overwrite --junit="$folder/lint.xml" --output="$folder/lint.jsonl")
   if [ -n "${GITHUB_ACTIONS:-}" ]; then words+=(--github); fi
-  loradiag lint "${words[@]}" -- "$CONFIG" ${BASE:+"$BASE"} || {
+  loradiag lint "${words[@]}" -- ${BASE:+"$BASE"} "$CONFIG" || {
     code=$?
     if [ "$code" = 1 ]; then verdict=failed; fi
     exit "$code"

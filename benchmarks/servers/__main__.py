@@ -327,7 +327,7 @@ def predict(adapter: Path, base: Path, program: str, version: str) -> list[Porta
     consumer = CONSUMERS[program] if program == "llama.cpp" else f"{CONSUMERS[program]}=={version}"
     return list(
         lora_diag.portability(
-            adapter, base, consumers=[consumer], allow_unmatched=program == "diffusers"
+            base, adapter, consumers=[consumer], allow_unmatched=program == "diffusers"
         )
     )
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-from lora_diag.feature import Argument, Command, Feature, Hint
+from lora_diag.feature import Argument, Command, Feature
 from lora_diag.running.amounts import MAX_RATE
 from lora_diag.running.options import ADAPTER_DTYPE, INPUTS, RANK, STEPS, Option, VerdictOutputs
 
@@ -52,22 +52,21 @@ FEATURE = Feature(
             "severity of --fail-on "
             "or above, 1 findings, 3 unreadable.",
             examples=(
-                "lint train.yaml base/",
+                "lint base/ train.yaml",
                 "lint base/ --method full --lr 1e-6 --dtype bfloat16",
             ),
             arguments=(
                 Argument(
-                    "config", "Training configuration or adapter; may be left out.", optional=True
+                    "base",
+                    "Base checkpoint, of which little is read, or its config.json.",
+                    optional=True,
                 ),
                 Argument(
-                    "base",
-                    "Base checkpoint, of which little is read; or its config.json.",
-                    optional=True,
+                    "config", "Training configuration or adapter; may be left out.", optional=True
                 ),
             ),
             options=(LintOptions,),
             shows=("json", "quiet", "verbose"),
-            hints=(Hint("plan {base}", "parameters and memory of each rank"),),
             suggest=".show:suggest_next",
             exit_code=".show:exit_code",
             annotations=".show:list_annotations",

@@ -138,9 +138,7 @@ def read_settings(path: Path) -> Settings:
             value is invalid.
     """
     if path.is_dir() and not (path / CONFIG).is_file():
-        raise InputError(
-            f"{path}: has no {CONFIG}; give a configuration or a PEFT adapter before BASE"
-        )
+        raise InputError(f"{path}: has no {CONFIG}; the order is: loradiag lint [BASE] CONFIG")
     if not path.is_dir():
         values = Values.read(path)
         for reader, keys in READERS.values():

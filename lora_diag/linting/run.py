@@ -46,16 +46,17 @@ _LORA_KEYS = {"rank": "r", "alpha": "lora_alpha"}
 
 @show_options
 def lint(
-    config: Path | str | None = None, base: Path | str | None = None, **options: Unpack[LintOptions]
+    base: Path | str | None = None, config: Path | str | None = None, **options: Unpack[LintOptions]
 ) -> Results[Any]:
-    """Return what will go wrong in training, from a configuration, BASE and options.
+    """Return what will go wrong in training, from BASE, a configuration and options.
 
     Of BASE only headers and sampled ranges of entries are read, of a saved adapter its factors.
 
     Args:
+        base: A checkpoint, or its ``config.json``; without it, rules that need it are not judged.
+            Or the configuration alone.
         config: An adapter's folder, ``adapter_config.json``, a configuration of a trainer, or
             ``training_args.bin``.
-        base: A checkpoint, or its ``config.json``; without it, rules that need it are not judged.
         method: ``lora`` or ``full``.
         lr: Peak learning rate.
         rank: Rank of the adapter.
@@ -83,7 +84,7 @@ def lint(
         InputError: An input cannot be read, or an output cannot be written.
 
     Example:
-        >>> found = lint("sample_checkpoints/lora_r4", "sample_checkpoints/base", alpha=1)
+        >>> found = lint("sample_checkpoints/base", "sample_checkpoints/lora_r4", alpha=1)
         >>> [(finding.id, finding.severity) for finding in found.whole_of(LintFinding)]
         []
     """
@@ -98,7 +99,7 @@ def lint(
     memory_bytes = None if memory is None else read_bytes(memory, "gpu_memory")
     output, report, overwrite = options["output"], options["junit"], options["overwrite"]
     check_outputs([config, base], [(output, RESULTS), (report, JUNIT)], overwrite)
-    source, base = _order_inputs(config, base)
+    base, source = _order_inputs(base, config)
     settings = Settings(Path(), "options", Config(Path("options"), {}))
     if source is not None:
         settings = _read_settings(source)
@@ -142,22 +143,26 @@ def lint(
 
 
 def _order_inputs(
-    config: Path | str | None, base: Path | str | None
-) -> tuple[Input | None, Path | str | None]:
-    """Return CONFIG and BASE, where a single path may be either.
+    base: Path | str | None, config: Path | str | None
+) -> tuple[Path | str | None, Input | None]:
+    """Return BASE and CONFIG, where a single path may be either.
 
     Raises:
-        UsageError: There is neither.
+        UsageError: There is neither, or BASE is a configuration.
         InputError: CONFIG does not exist, or cannot be fetched or reached.
     """
-    if config is None and base is None:
-        raise UsageError("lint: give a configuration, BASE, or both")
-    if config is None:
-        return None, base
-    source = locate(config)
-    if base is not None or source.is_adapter or _is_config(source.path):
-        return source, base
-    return None, config
+    if config is not None:
+        if base is not None and _is_config(Path(base)):
+            raise UsageError(
+                f"{base}: is a configuration, not BASE; the order is: loradiag lint [BASE] CONFIG"
+            )
+        return base, locate(config)
+    if base is None:
+        raise UsageError("lint: give BASE, a configuration, or both")
+    source = locate(base)
+    if source.is_adapter or _is_config(source.path):
+        return None, source
+    return base, None
 
 
 def _is_config(path: Path) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_diag.errors import DONE, GATE_FAILED
+from lora_diag.feature import Hint
 from lora_diag.linting.record import SEVERITIES, LintFinding, StepShare
 from lora_diag.records import Results
 from lora_diag.records.verdict import Verdict
@@ -58,10 +59,13 @@ def _count_findings(results: Results[Any]) -> str:
     return f"{lead or 'clean'} ({judged} judged)"
 
 
-def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> str | None:
-    """Return the next command: the explanation of the first finding; None without one."""
-    findings = results.whole_of(LintFinding)
-    return f"loradiag explain {findings[0].id}   (why, and the source)" if findings else None
+def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | None:
+    """Return the next command: the explanation of the first finding, else the costs of BASE."""
+    for finding in results.whole_of(LintFinding):
+        return Hint(f"explain {finding.id}", "why, and the source")
+    if any(item.role == "base" for item in results.run.inputs):
+        return Hint("plan {base}", "parameters and memory of each rank")
+    return None
 
 
 def exit_code(results: Results[Any]) -> int:

@@ -121,7 +121,7 @@ def made(run, tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         '{"peft_type": "LORA", "r": 8, "lora_alpha": 0.001}'
     )
-    run("lint", "adapter_config.json", samples / "base", "--lr", "1", "-o", "lint.jsonl")
+    run("lint", samples / "base", "adapter_config.json", "--lr", "1", "-o", "lint.jsonl")
     run(
         "geometry",
         samples / "base",

@@ -27,18 +27,22 @@ def inputs(tmp_path):
 
 
 def test_exit_code_follows_severity(run, inputs):
-    assert run("lint", "bad.yaml", "base").code == 1
+    assert run("lint", "base", "bad.yaml").code == 1
     assert run("lint", "bad.yaml").code == 0
-    assert run("lint", "adapter_config.json", "base").code == 0  # warnings
-    assert run("lint", "adapter_config.json", "base", "--fail-on", "warning").code == 1
-    assert run("lint", "none.yaml", "base").code == 3
-    assert run("lint", "bad.yaml", "none").code == 3
-    assert run("lint", "bad.yaml", "base", "--servers", "nginx").code == 2
+    assert run("lint", "base", "adapter_config.json").code == 0  # warnings
+    assert run("lint", "base", "adapter_config.json", "--fail-on", "warning").code == 1
+    assert run("lint", "base", "none.yaml").code == 3
+    assert run("lint", "none", "bad.yaml").code == 3
+    for words in (["bad.yaml", "base"], ["adapter_config.json", "base"]):
+        swapped = run("lint", *words)
+        assert swapped.code == 2
+        assert_names(swapped.err, words[0], "the order is", "[BASE] CONFIG")
+    assert run("lint", "base", "bad.yaml", "--servers", "nginx").code == 2
     assert run("lint", "base", "--method", "full", "--lr", "1e-6", "--dtype", "bfloat16").code == 1
 
 
 def test_first_line_is_decision_then_evidence(loradiag, inputs):
-    lines = loradiag("lint", "bad.yaml", "base", brief=True).out.splitlines()
+    lines = loradiag("lint", "base", "bad.yaml", brief=True).out.splitlines()
     assert_names(lines[0], "Lint", "1 error")
     assert_names(lines[1], "bf16-step", "1.0e-06")
     assert len(lines) <= 8
@@ -47,7 +51,7 @@ def test_first_line_is_decision_then_evidence(loradiag, inputs):
 
 
 def test_records_are_written_and_judged_by_gate(run, inputs):
-    assert run("lint", "bad.yaml", "base", "-o", "l.jsonl", "-q").code == 1
+    assert run("lint", "base", "bad.yaml", "-o", "l.jsonl", "-q").code == 1
     results = catalog.read_results(inputs / "l.jsonl")
     (finding,) = results.whole_of(LintFinding)
     assert (finding.id, finding.where.endswith("learning_rate"), finding.line) == (
@@ -57,7 +61,7 @@ def test_records_are_written_and_judged_by_gate(run, inputs):
     )
     assert results.whole_of(StepShare)[0].name == "all"
     lines = [
-        json.loads(line) for line in run("lint", "bad.yaml", "base", "--json").out.splitlines()
+        json.loads(line) for line in run("lint", "base", "bad.yaml", "--json").out.splitlines()
     ]
     assert lines[1] == json.loads(finding.model_dump_json())
     (inputs / "p.toml").write_text('[[rule]]\nname = "r"\nrequire = "finding.severity != error"\n')
@@ -67,7 +71,7 @@ def test_records_are_written_and_judged_by_gate(run, inputs):
 
 
 def test_junit_and_annotations_name_file_and_line(run, inputs):
-    ran = run("lint", "bad.yaml", "base", "--junit", "l.xml", "--github")
+    ran = run("lint", "base", "bad.yaml", "--junit", "l.xml", "--github")
     assert ran.code == 1
     (line,) = [line for line in ran.out.splitlines() if line.startswith("::error")]
     assert_names(line, "file=bad.yaml,line=3", "loradiag lint", "bf16-step")
@@ -84,7 +88,7 @@ def test_notes_are_notices_unless_they_fail(run, inputs, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(inputs / "summary.md"))
     levels = []
     for least in ("error", "note"):
-        ran = run("lint", "adapter_config.json", "base", "--github", "--fail-on", least)
+        ran = run("lint", "base", "adapter_config.json", "--github", "--fail-on", least)
         lines = [line for line in ran.out.splitlines() if "target-no-mlp" in line]
         levels += [line.split(" ")[0] for line in lines if line.startswith("::")]
     assert levels == ["::notice", "::error"]
@@ -92,7 +96,7 @@ def test_notes_are_notices_unless_they_fail(run, inputs, monkeypatch):
 
 
 def test_default_output_says_what_to_do(loradiag, inputs):
-    out = loradiag("lint", "bad.yaml", "base", brief=True).out
+    out = loradiag("lint", "base", "bad.yaml", brief=True).out
     assert_names(" ".join(out.split()), *remedy_of("bf16-step")[0].split())
 
 
@@ -105,7 +109,7 @@ def test_every_rule_is_explained_by_one_section():
 def test_hostile_names_stay_text(run, inputs):
     name = "q_proj\x1b[2J\n::error::x"
     write_config(inputs / "adapter_config.json", {**PEFT, "target_modules": ["q_proj", name]})
-    ran = run("lint", "adapter_config.json", "base", "--github")
+    ran = run("lint", "base", "adapter_config.json", "--github")
     assert "\x1b" not in ran.out
     assert not [line for line in ran.out.splitlines() if line.startswith("::error::")]
 
@@ -117,7 +121,7 @@ def test_findings_of_a_rule_are_limited(inputs):
     )
     found = [
         item
-        for item in lint(path, inputs / "base").whole_of(LintFinding)
+        for item in lint(inputs / "base", path).whole_of(LintFinding)
         if item.id == "target-unmatched"
     ]
     assert len(found) == MAX_FINDINGS
@@ -125,7 +129,7 @@ def test_findings_of_a_rule_are_limited(inputs):
     path = write_config(inputs / "c.json", {**PEFT, "target_modules": ["q_proj", "a" * 100_000]})
     (long,) = [
         item
-        for item in lint(path, inputs / "base").whole_of(LintFinding)
+        for item in lint(inputs / "base", path).whole_of(LintFinding)
         if item.id == "target-unmatched"
     ]
     assert len(long.evidence) <= MAX_MESSAGE
@@ -141,7 +145,7 @@ def test_lint_is_quick_and_needs_no_torch(inputs):
         "SystemExit: pass\n"
     )
     code += "assert 'torch' not in sys.modules; import time; print(time.process_time())"
-    words = ["lint", "bad.yaml", "base", "--steps", "100", "-q"]
+    words = ["lint", "base", "bad.yaml", "--steps", "100", "-q"]
     run = [sys.executable, "-c", code.format(words)]
     tries = [
         subprocess.run(run, cwd=inputs, capture_output=True, text=True, check=True).stdout

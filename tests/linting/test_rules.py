@@ -162,7 +162,7 @@ def find(case, bases, folder, suffix=".json"):
         config = write_config(
             folder / f"adapter_config{suffix if 'peft_type' in values else '.yaml'}", values
         )
-    results = lint(config, bases[case.pop("tied", False)], **case)
+    results = lint(bases[case.pop("tied", False)], config, **case)
     return {finding.id: finding for finding in results.whole_of(LintFinding)}
 
 
@@ -289,7 +289,7 @@ def test_missing_facts_are_named_and_not_judged():
 
 def test_shapes_of_config_alone_suffice_for_targets(bases, tmp_path):
     config = write_config(tmp_path / "adapter_config.json", {**PEFT, "target_modules": ["wq"]})
-    results = lint(config, bases[False] / "config.json", lr=1e-4)
+    results = lint(bases[False] / "config.json", config, lr=1e-4)
     assert [finding.id for finding in results.whole_of(LintFinding)] == ["target-unmatched"]
     assert "merge-storage" in results.run.settings["not_judged"]
 
@@ -297,7 +297,7 @@ def test_shapes_of_config_alone_suffice_for_targets(bases, tmp_path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_published_recipe_gives_no_error(name, bases, tmp_path):
     suffix = ".json" if name.startswith("PEFT") else ".yaml"
-    results = lint(write_config(tmp_path / f"recipe{suffix}", RECIPES[name]), bases[False])
+    results = lint(bases[False], write_config(tmp_path / f"recipe{suffix}", RECIPES[name]))
     findings = results.whole_of(LintFinding)
     assert len(results.run.settings["judged"]) >= 4
     assert [finding for finding in findings if finding.severity == "error"] == []

@@ -63,7 +63,7 @@ def test_small_policy_takes_little_memory(limited: Limited, tmp_path: Path, kind
 def test_small_configuration_takes_little(limited: Limited, tmp_path: Path, kind: str) -> None:
     path = CONFIGURATIONS[kind](tmp_path)
     with time_limit(60):
-        code, err = limited("lint", str(path), str(ROOT / "sample_checkpoints" / "base"))
+        code, err = limited("lint", str(ROOT / "sample_checkpoints" / "base"), str(path))
     assert code in {0, 1, 3}
     assert "unexpected" not in err
     assert len(err) < 2500

@@ -33,7 +33,7 @@ def suggest_next(results: Results[PlannedMerge], values: Mapping[str, Any]) -> H
     if outcome is None:
         return None
     if outcome == "serve unmerged":
-        return Hint("portability {adapter} {base}", "the update that each serving program applies")
+        return Hint("portability {base} {adapter}", "the update that each serving program applies")
     dtype = OUTPUT_DTYPES.get(results.layers[0].to)
     words = f"--output-dtype {dtype} -o merged/" if dtype else "-o merged/"
     purpose = "merges it" if dtype else f"merges it, before it is stored as {results.layers[0].to}"

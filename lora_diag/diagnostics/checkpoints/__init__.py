@@ -64,10 +64,10 @@ FEATURE = Feature(
             help="A training run over its checkpoints, and which to keep.",
             notes="Reads the outputs of transformers, TRL, axolotl, LLaMA-Factory and torchtune. "
             "Full checkpoints need "
-            "BASE, after the run's folder or with --base.",
+            "BASE, before the run's folder or with --base.",
             examples=(
                 "checkpoints out/ -o run.jsonl",
-                "checkpoints out/ base/ --eval held_out.txt --shifted other.txt",
+                "checkpoints base/ out/ --eval held_out.txt --shifted other.txt",
                 "checkpoints step_*/ --base base/",
                 "checkpoints out/ --follow",
             ),
@@ -75,7 +75,7 @@ FEATURE = Feature(
             suggest=".show:suggest_next",
             arguments=(
                 Argument(
-                    "inputs", "A run's folder, or its checkpoints.", "RUN_DIR [BASE]", many=True
+                    "inputs", "A run's folder, or its checkpoints.", "[BASE] RUN_DIR", many=True
                 ),
             ),
             options=(CheckpointsOptions, FollowOptions),

@@ -253,7 +253,7 @@ def checkpoints(
     if options["eval"]:
         if options["base"] is None:
             raise UsageError(
-                Given("eval"), "needs the model", "give BASE after the run, or with $base"
+                Given("eval"), "needs the model", "give BASE before the run, or with $base"
             )
         # Deferred: imports torch.
         from lora_diag.diagnostics.checkpoints.judge import CheckpointJudge
@@ -325,8 +325,8 @@ def _require_adapters(steps: Sequence[Step]) -> None:
                 f"{step.path}: has no weights; remove it, or wait if a trainer is writing it"
             )
         raise UsageError(
-            f"{step.path}: is not an adapter; give BASE after the run, to compare its checkpoints "
-            "with"
+            f"{step.path}: is not an adapter; give BASE before the run, to compare its "
+            "checkpoints with"
         )
 
 
@@ -376,12 +376,18 @@ def measure_run(
     on_view: Callable[..., None] | None = None,
     **options: Unpack[CheckpointsOptions],
 ) -> Results[CheckpointLayer]:
-    """Measure a run given as its folder and perhaps BASE, or as checkpoints, of which BASE is an
+    """Measure a run given as perhaps BASE and its folder, or as checkpoints, of which BASE is an
     option.
     """
     paths = [Path(path) for path in inputs]
-    if len(paths) == 2 and options.get("base") is None and list_checkpoints(paths[0]):
-        options["base"], paths = paths[1], paths[:1]
+    if len(paths) == 2 and options.get("base") is None:
+        base, run = paths
+        if list_checkpoints(base):
+            raise UsageError(
+                f"{base}: is a run, not BASE; the order is: loradiag checkpoints [BASE] RUN_DIR"
+            )
+        if list_checkpoints(run):
+            options["base"], paths = base, [run]
     if not follow:
         return checkpoints(paths, **options)
     if len(paths) > 1 or any(options.get(name) for name in ("output", "on_record", "eval")):

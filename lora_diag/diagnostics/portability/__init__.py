@@ -79,8 +79,8 @@ FEATURE = Feature(
             help="The ΔW that each serving program applies, and its error.",
             examples=("portability lora_r16/ --consumers vllm,llamacpp --require vllm",),
             arguments=(
+                Argument("base", "Base checkpoint, or an adapter alone.", optional=True),
                 Argument("adapter", "Adapter that will be served.", optional=True),
-                Argument("base", "Base checkpoint that it was trained on.", optional=True),
             ),
             options=(PortabilityOptions, FixOptions),
             suggest=".show:suggest_next",

@@ -274,7 +274,7 @@ def make_portable(
             "this"
         )
     results = portability(
-        folder, base, consumers=consumers, require=require, max_lora_rank=max_lora_rank
+        base, folder, consumers=consumers, require=require, max_lora_rank=max_lora_rank
     )
     fixed = {
         "rank": written.rank,
@@ -289,8 +289,8 @@ def make_portable(
 
 
 def judge_or_fix(
-    adapter: Path | str | None = None,
     base: Path | str | None = None,
+    adapter: Path | str | None = None,
     *,
     fix: bool = False,
     format: str | None = None,
@@ -308,18 +308,13 @@ def judge_or_fix(
     """
     if rules:
         return rules_grids()
-    if adapter is None:
-        raise UsageError(
-            "portability",
-            "no adapter is given",
-            "give one, or use $rules for the rules of all programs",
-        )
+    base, adapter = _order_inputs(base, adapter)
     if not fix:
         needs_fix = {"format": format, "dora_to_lora": dora_to_lora, "leave_out": leave_out}
         if option := next((name for name, value in needs_fix.items() if value), None):
             problem = "needs $fix, and $output with the folder to write"
             raise UsageError(Given(option), problem, "add both")
-        return portability(adapter, base, **options)
+        return portability(base, adapter, **options)
     output, on_record = options.get("output"), options.get("on_record")
     if output is None:
         raise UsageError(Given("fix"), "no output folder", "give it with $output")
@@ -386,8 +381,8 @@ Chosen = dict[Name, tuple[Consumer, ConsumerRule]]
 
 @show_options
 def portability(
-    adapter: Path | str,
     base: Path | str | None = None,
+    adapter: Path | str | None = None,
     **options: Unpack[PortabilityOptions],
 ) -> Results[Portability]:
     r"""Determine the ΔW that each program which loads an adapter applies, and its distance from the
@@ -398,9 +393,9 @@ def portability(
     1| and ΔW is never formed.
 
     Args:
-        adapter: The adapter.
-        base: The checkpoint it was trained on: for names of weights, and for updates that depend on
-            it, such as DoRA.
+        base: The checkpoint the adapter was trained on: for names of weights, and for updates that
+            depend on it, such as DoRA; or an adapter to be judged alone.
+        adapter: The adapter; None if ``base`` is it.
         consumers: Programs, such as ``vllm``, or a version of one, such as ``vllm==0.31``; by
             default only those of ``require``, or else those that read files of this layout.
         require: Programs that must apply the intended ΔW, in the same form; they are also judged.
@@ -417,7 +412,7 @@ def portability(
         ``base`` does not have, are in ``left_out``.
 
     Raises:
-        UsageError: An option is invalid, ``adapter`` is not an adapter, ``base`` is one, there is
+        UsageError: An option is invalid, no adapter is given, ``base`` is a second one, there is
             no rule for a program or its version, the ``intended`` program refuses the adapter, or
             ``output`` may be neither replaced nor resumed.
         InputError: An input cannot be read, the adapter does not fit ``base``, or the results file
@@ -433,6 +428,7 @@ def portability(
     run = LayerRun("portability", options, PortabilityOptions)
     consumers, require = run.options["consumers"], run.options["require"]
     intended, max_lora_rank = run.options["intended"], run.options["max_lora_rank"]
+    base, adapter = _order_inputs(base, adapter)
     opened, checkpoint = _open_inputs(adapter, base, run.stated_alpha)
     contents = read_contents(opened, checkpoint)
     chosen = choose_rules([*consumers, *require], contents.form)
@@ -572,6 +568,25 @@ def _find_required_options(
     }
 
 
+def _order_inputs(
+    base: Path | str | None, adapter: Path | str | None
+) -> tuple[Path | str | None, Path | str]:
+    """Return BASE and the adapter; a single path is the adapter.
+
+    Raises:
+        UsageError: There is neither.
+    """
+    if adapter is None:
+        base, adapter = None, base
+    if adapter is None:
+        raise UsageError(
+            "portability",
+            "no adapter is given",
+            "give one, or use $rules for the rules of all programs",
+        )
+    return base, adapter
+
+
 def _open_inputs(
     adapter: Path | str, base: Path | str | None, stated_alpha: StatedAlpha, options: str = ""
 ) -> tuple[Adapter, Checkpoint | None]:
@@ -580,7 +595,7 @@ def _open_inputs(
     Raises:
         UsageError: ``adapter`` is not an adapter, or ``base`` is one.
     """
-    order = f"the order is: loradiag portability ADAPTER [BASE]{options}"
+    order = f"the order is: loradiag portability [BASE] ADAPTER{options}"
     opened = open_input(locate(adapter), stated_alpha)
     if not isinstance(opened, Adapter):
         raise UsageError(f"{adapter}: not an adapter; {order}")

@@ -119,18 +119,20 @@ def suggest_next(results: Results[Portability], values: Mapping[str, Any]) -> Hi
     """
     if values["rules"] or values["fix"]:
         return None
+    is_alone = values["adapter"] is None
+    inputs = "BASE {base}" if is_alone else "{base} {adapter}"
     without_base = {record.part for record in results if record.status == "unknown"} - {"experts"}
-    if values["base"] is None and without_base:
-        return Hint("portability {adapter} BASE", "with the base checkpoint")
+    if is_alone and without_base:
+        return Hint(f"portability {inputs}", "with the base checkpoint")
     if any(record.status not in AS_INTENDED for record in results):
-        base = "BASE" if values["base"] is None else "{base}"
-        return _suggest_remedy({record.part for record in results}, base)
+        return _suggest_remedy({record.part for record in results}, inputs)
     if values["output"] is None:
         return Hint("-o portability.jsonl", "saves these results, for gate")
-    return Hint("gate --policy adapter-basic --adapter {adapter}", "judges the adapter itself")
+    adapter = inputs.split()[-1]
+    return Hint(f"gate --policy adapter-basic --adapter {adapter}", "judges the adapter itself")
 
 
-def _suggest_remedy(parts: set[str], base: str) -> Hint:
+def _suggest_remedy(parts: set[str], inputs: str) -> Hint:
     """Return the command that helps an adapter with these parts, which some program does not apply
     as intended.
     """
@@ -139,11 +141,9 @@ def _suggest_remedy(parts: set[str], base: str) -> Hint:
     if parts <= {*LOW_RANK_PARTS, "dora"}:
         return Hint("--fix --dora-to-lora -o portable/", "writes the nearest LoRA of the same rank")
     if parts == {"other"}:
-        return Hint(
-            f"extract {base} {{adapter}} --energy 0.99 --portable -o lora/", "writes it as a LoRA"
-        )
+        return Hint(f"extract {inputs} --energy 0.99 --portable -o lora/", "writes it as a LoRA")
     return Hint(
-        f"plan-merge {base} {{adapter}} --to bf16",
+        f"plan-merge {inputs} --to bf16",
         "programs apply it after a merge: what a merge keeps",
     )
 

@@ -79,12 +79,12 @@ def test_final_model_counts_if_it_differs(out, final):
     assert [record.final for record in records] == [False] * 9 + [final == "other"]
 
 
-def test_base_is_second_word_or_option(tmp_path, run):
+def test_base_is_first_word_or_option(tmp_path, run):
     base = {name: np.ones((6, 5)) for name in LAYERS[:2]}
     steps = [{name: np.eye(6, 5) * t for name in base} for t in (1, 2, 3)]
     save_full(tmp_path, base, steps, (1, 2, 3))
     words = [
-        ["run", "base"],
+        ["base", "run"],
         ["run", "--base", "base"],
         [*(f"run/checkpoint-{t}" for t in (3, 1, 2)), "--base", "base"],
     ]
@@ -96,6 +96,9 @@ def test_base_is_second_word_or_option(tmp_path, run):
     found = run("checkpoints", "run")
     assert found.code == 2
     assert_names(found.err, "checkpoint-1", "BASE")
+    swapped = run("checkpoints", "run", "base")
+    assert swapped.code == 2
+    assert_names(swapped.err, "run", "the order is", "[BASE] RUN_DIR")
 
 
 BAD = {

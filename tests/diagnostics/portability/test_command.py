@@ -93,7 +93,7 @@ def test_dora_without_its_magnitudes_is_measured_with_the_base(tmp_path):
     tensors[f"{name}.alpha"] = np.array(1.0)
     write(tmp_path / "lora.safetensors", tensors)
     base(tmp_path, {"block.to_q.weight": w})
-    (record,) = portability(tmp_path / "lora.safetensors", tmp_path / "base", consumers=["kohya"])
+    (record,) = portability(tmp_path / "base", tmp_path / "lora.safetensors", consumers=["kohya"])
     plain = 0.5 * up @ down
     v = w + plain
     whole = lengths * v / np.linalg.norm(v, axis=1, keepdims=True) - w
@@ -129,7 +129,7 @@ def test_suggested_remedy_runs(tmp_path, run, form):
             feedforward_modules=[],
         )
     base(tmp_path, {f"{module}.weight": normal(12, 12, seed=n) for n, module in enumerate(MODULES)})
-    text = " ".join(run("portability", "adapter", "base").out.split())
+    text = " ".join(run("portability", "base", "adapter").out.split())
     command = re.search(r"Next loradiag (.*?) \(", text)[1]
     assert run(*command.split()).code == 0
 
@@ -183,7 +183,8 @@ def test_ranks_above_server_limit(tmp_path, run):
         (("--layers", "q"), 2, "no adapter is given"),
         (("adapter", "--intended", "kohya"), 2, "refuses this adapter"),
         (("adapter", "--layers", "nothing"), 4, "no weight"),
-        (("adapter", "base", "--layers", "q_proj"), 3, "match none of"),
+        (("adapter", "base"), 2, "the order is"),
+        (("base", "adapter", "--layers", "q_proj"), 3, "match none of"),
     ],
 )
 def test_portability_refuses_bad_input(patterned, tmp_path, run, words, code, message):
@@ -211,7 +212,7 @@ def test_names_equal_base(tmp_path):
     }
     write(tmp_path / "lora.safetensors", tensors)
     base(tmp_path, {"a.b.to_q.weight": normal(6, 5)})
-    results = portability(tmp_path / "lora.safetensors", tmp_path / "base")
+    results = portability(tmp_path / "base", tmp_path / "lora.safetensors")
     assert {record.layer for record in results} == {"a.b.to_q.weight"}
     assert {record.consumer for record in results} == {"diffusers", "kohya"}
 

@@ -355,7 +355,7 @@ def test_tied_rules_are_judged_with_base(tmp_path, loradiag, module):
     def statuses(*inputs):
         return {record.status for record in portability(*inputs, consumers=["llamacpp"])}
 
-    assert statuses(path, folder) == {"refused"}
+    assert statuses(folder, path) == {"refused"}
     assert statuses(path) == {"unknown"}
     ran = loradiag("portability", path, "--consumers", "llamacpp,peft", "--require", "llamacpp")
     assert ran.code == 1
@@ -368,8 +368,8 @@ def test_tied_rules_are_judged_with_base(tmp_path, loradiag, module):
         {n: normal(9, 6) for n in (f"{TABLE}.weight", f"{HEAD}.weight")}
         | {"model.norm_proj.weight": normal(6, 6)},
     )
-    assert statuses(path, folder) == {"exact"}
-    assert loradiag("portability", path, folder, "--require", "llamacpp").code == 0
+    assert statuses(folder, path) == {"exact"}
+    assert loradiag("portability", folder, path, "--require", "llamacpp").code == 0
 
 
 def test_mlx_embedding_needs_base_to_become_peft(tmp_path):

@@ -41,7 +41,7 @@ def test_rules_agree_with_the_truth_of_each_case(case):
         name for name in truth["_consumers"] if truth["_consumers"][name]["verdict"] != "unknown"
     ]
     results = portability(
-        case / "adapter", case / "base", consumers=[NAMES[name] for name in known]
+        case / "base", case / "adapter", consumers=[NAMES[name] for name in known]
     )
     result = {(record.layer, record.consumer, record.version): record for record in results}
     for layer in (name for name in truth if not name.startswith("_")):

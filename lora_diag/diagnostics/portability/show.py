@@ -122,12 +122,15 @@ def suggest_next(results: Results[Portability], values: Mapping[str, Any]) -> Hi
     without_base = {record.part for record in results if record.status == "unknown"} - {"experts"}
     if values["base"] is None and without_base:
         return Hint("portability {adapter} BASE", "with the base checkpoint")
+    base = "BASE" if values["base"] is None else "{base}"
     if any(record.status not in AS_INTENDED for record in results):
-        base = "BASE" if values["base"] is None else "{base}"
         return _suggest_remedy({record.part for record in results}, base)
     if values["output"] is None:
         return Hint("-o portability.jsonl", "saves these results, for gate")
-    return Hint("gate --policy adapter-basic --adapter {adapter}", "judges the adapter itself")
+    return Hint(
+        f"gate --policy adapter-basic --base {base} --adapter {{adapter}}",
+        "judges the adapter itself",
+    )
 
 
 def _suggest_remedy(parts: set[str], base: str) -> Hint:

@@ -35,10 +35,9 @@ GROUP = "loradiag.features"
 _FEATURES = (
     *("diagnostics.spectrum", "diagnostics.fleet", "diagnostics.residual", "diagnostics.overlap"),
     *("diagnostics.interference", "diagnostics.intruders", "diagnostics.geometry"),
-    *("diagnostics.verify_merge", "diagnostics.portability"),
-    "diagnostics.checkpoints",
-    *("linting", "tuning", "decisions.allocate", "decisions.plan"),
+    *("linting", "tuning", "decisions.allocate", "decisions.plan", "diagnostics.checkpoints"),
     *("decisions.plan_merge", "decisions.extract", "decisions.merge"),
+    *("diagnostics.verify_merge", "diagnostics.portability"),
     *(
         "decisions.recover",
         "gating",
@@ -51,9 +50,9 @@ _FEATURES = (
     ),
     *(
         "probes.truncation",
+        "probes.outputs",
         "probes.strength",
         "probes.activations",
-        "probes.outputs",
         "probes.sweep",
     ),
     *("probes.sensitivity", "probes.fisher", "probes.curvature", "probes.intrinsic"),

@@ -86,6 +86,8 @@ class Command:
 
     Args:
         help: Its line in the list of commands, of up to 80 characters.
+        question: What users ask that it answers, of up to 60 characters; ``loradiag --help`` lists
+            the commands that have one by it, above all others.
         notes: Further sentences of the help.
         examples: Words after ``loradiag`` of examples.
         name: Full name, such as ``gate init``; default that of the feature.
@@ -110,6 +112,7 @@ class Command:
     """
 
     help: str
+    question: str = ""
     notes: str = ""
     examples: tuple[str, ...] = ()
     name: str = ""
@@ -185,7 +188,7 @@ class Section:
 
 
 # What commands are for: the groups of ``loradiag --help``, in its order.
-GROUPS = ("Understand", "Train", "Ship", "Show", "Research")
+GROUPS = ("Train", "Understand", "Ship", "Show", "Research")
 
 
 @dataclass(frozen=True, slots=True)

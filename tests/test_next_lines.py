@@ -12,8 +12,8 @@ pytestmark = pytest.mark.slow
 SAMPLES = ROOT / "sample_checkpoints"
 EVAL = "--eval held_out.txt --shifted shifted.txt --length 64"
 
-# Bytes of a text: 24 sequences of 64 tokens.
-SHORT = 24 * 64
+# Bytes of a text: 12 sequences of 256 tokens, more of fewer.
+SHORT = 12 * 256
 
 # Where a user's own path stands in a suggested command, and what the test has for it.
 FILES = {
@@ -31,6 +31,7 @@ TEXTS = {
     "TEXT": "in_domain.txt",
     "TRAIN_TEXT": "in_domain.txt",
     "train.txt": "in_domain.txt",
+    "earlier_data.txt": "shifted.txt",
 }
 
 # Commands from which the next ones are followed to the end.
@@ -42,8 +43,8 @@ STARTS = (
     f"checkpoints base run {EVAL} -o ck.jsonl",
     "checkpoints base run",
     "interference base lora other",
-    "fleet lora other run",
-    "overlap base lora --gradients gradients",
+    "fleet lora other",
+    "overlap base lora gradients",
     "residual base full lora other",
     "intruders base lora",
     "geometry base lora",
@@ -84,6 +85,8 @@ def test_next_commands_run_as_printed(loradiag, tmp_path, start):
         (tmp_path / name).symlink_to(path)
     for name, text in TEXTS.items():
         (tmp_path / name).write_bytes((SAMPLES / "eval" / text).read_bytes()[:SHORT])
+    if "fisher" in start:
+        assert loradiag("spectrum", "base", "full", "-o", "SPECTRUM.jsonl", "-q").code == 0
     words = start.split()
     seen = []
     while words and words not in seen and len(seen) < DEPTH:

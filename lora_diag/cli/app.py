@@ -27,7 +27,7 @@ from lora_diag.cli.options import make_function
 from lora_diag.cli.output import BrokenOutputError, MessageHandler, forget_output, print_message
 from lora_diag.cli.project import Project, find_project, follow_results, replace_names
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError
-from lora_diag.feature import GROUPS
+from lora_diag.feature import GROUPS, Command
 from lora_diag.running.options import EXECUTION, INPUTS, PANELS, list_options
 from lora_diag.version import __version__
 
@@ -68,21 +68,25 @@ class _Commands(TyperGroup):
     """
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """List the commands in their groups, those of a group of commands by their full names."""
-        rows: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
-        named: dict[str, Any] = {}
-        for name, command in self.commands.items():
-            for word, each in getattr(command, "commands", {"": command}).items():
-                named[f"{name} {word}".strip()] = each
-        width = max(map(len, named))
-        for name, command in named.items():
-            rows.setdefault(command.rich_help_panel, []).append(
-                (name.ljust(width), command.get_short_help_str())
+        """List the commands that have a question by it, the others by their groups: by name, those
+        of the last group with their help.
+        """
+        groups: dict[str, list[tuple[str, Command]]] = {group: [] for group in GROUPS}
+        for name, feature, command in catalog.commands():
+            groups.setdefault(feature.group, []).append((name, command))
+        listed = [each for group in groups.values() for each in group]
+        with formatter.section("Questions"):
+            # 18 columns for the longest name, which then stays in one piece.
+            asked = [(c.question, name) for name, c in listed if c.question]
+            formatter.write_dl(asked, formatter.width - 18)
+        research = groups.pop(GROUPS[-1])
+        with formatter.section("Further commands"):
+            formatter.write_dl(
+                (group, ", ".join(name for name, c in members if not c.question))
+                for group, members in groups.items()
             )
-        for group, lines in rows.items():
-            if lines:
-                with formatter.section(group):
-                    formatter.write_dl(lines)
+        with formatter.section(GROUPS[-1]):
+            formatter.write_dl([(name, command.help) for name, command in research])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = " ".join(args[:2])
@@ -134,9 +138,7 @@ def application(only: str = "") -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_configure)
-    probe = typer.Typer(
-        name="probe", cls=_Commands, help="Diagnostics that run the model.", no_args_is_help=True
-    )
+    probe = typer.Typer(name="probe", help="Diagnostics that run the model.", no_args_is_help=True)
     for full, feature, command in catalog.commands():
         if only not in {"", full}:
             continue
@@ -145,7 +147,6 @@ def application(only: str = "") -> typer.Typer:
             full.removeprefix("probe "),
             cls=_Command,
             no_args_is_help=command.needs_input,
-            rich_help_panel=feature.group,
         )
         add(make_function(feature, command))
     if probe.registered_commands:

@@ -82,6 +82,7 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Judge results by a policy before a release.",
+            question="May this checkpoint ship?",
             notes="Exit codes: 0 passed, 1 failed, 2 invalid policy or usage error, 3 a file "
             "cannot be read, 4 nothing "
             "to judge, 5 inconclusive.",

@@ -46,6 +46,7 @@ FEATURE = Feature(
     commands=(
         Command(
             help="What will go wrong in training, before the first step.",
+            question="What will go wrong in training, before the first step?",
             notes="CONFIG is an adapter's folder or adapter_config.json, a configuration of "
             "axolotl, LLaMA-Factory, "
             "TRL or torchtune, or a Trainer's training_args.bin. Exit codes: 0 no finding of the "

@@ -589,10 +589,11 @@ def refuse_other_run(path: Path, run: Run) -> None:
     earlier = next(iterate_records(path, strict=False), None) if is_results_file(path) else None
     if not isinstance(earlier, Run):
         return
-    before, now = (
-        sorted((each.role, each.fingerprint) for each in record.inputs) for record in (earlier, run)
+    contents, paths = (
+        [sorted((each.role, getattr(each, name)) for each in one.inputs) for one in (earlier, run)]
+        for name in ("fingerprint", "path")
     )
-    if earlier.command == run.command and before == now:
+    if earlier.command == run.command and (contents[0] == contents[1] or paths[0] == paths[1]):
         _LOG.warning("%s: replaces the results of the same command and inputs", path)
         return
     inputs = " ".join(each.path for each in earlier.inputs)

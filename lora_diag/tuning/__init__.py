@@ -79,6 +79,7 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Choose an adapter by training within a budget.",
+            question="Which adapter should I train, given data and a budget?",
             notes="By default, --ranks are up to four powers of 2 within the budget, each a fourth "
             "of the next; 1 and "
             "2 where larger ones do not fit.",

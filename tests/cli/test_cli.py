@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lora_diag
+from lora_diag import catalog
 from tests.conftest import DATA, save_model, weights
 from tests.served import PATIENCE, PROGRAM, ROOT
 
@@ -33,6 +34,18 @@ def test_version_and_help(loradiag):
         ran = loradiag(command, "--help")
         assert ran.code == 0
         assert f"Example: loradiag {command}" in ran.out
+
+
+def test_help_lists_every_command_on_one_screen(loradiag):
+    lines = loradiag("--help", env={"COLUMNS": "80"}).out.splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 80
+    listed = "\n".join(lines)
+    for name, _, command in catalog.commands():
+        if command.question:
+            assert [" ".join(line.split()) for line in lines].count(f"{command.question} {name}")
+        else:
+            assert re.search(rf"(?<![\w-]){name}(?![\w-])", listed), name
 
 
 def test_quiet_prints_nothing(loradiag, pair_of_models, tmp_path):

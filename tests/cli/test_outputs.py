@@ -232,7 +232,9 @@ def test_write_replaces_own_files_others_on_request(run, tmp_path, records, undr
     assert (err == "") == (MADE[file][0] != "gate")  # which says why it did not pass
     made = path.read_bytes()
     os.link(path, tmp_path / "second")
-    assert run(*MADE[file], file) == (code, err)
+    again, replaced = run(*MADE[file], file)
+    assert again == code
+    assert replaced.endswith(err)
     assert path.stat().st_ino != (tmp_path / "second").stat().st_ino
     assert (tmp_path / "second").read_bytes() == made
     (tmp_path / "second").write_text("mine\n")
@@ -317,8 +319,8 @@ def test_results_file_below_linked_folder(run, tmp_path):
     """
     (tmp_path / "scratch").mkdir()
     (tmp_path / "runs").symlink_to("scratch")
-    for _ in range(2):
-        assert run(*MADE["s.jsonl"], "runs/s.jsonl") == (0, "")
+    assert run(*MADE["s.jsonl"], "runs/s.jsonl") == (0, "")
+    assert run(*MADE["s.jsonl"], "runs/s.jsonl", "--overwrite") == (0, "")
     assert names(tmp_path / "scratch") == ["s.jsonl"]
     assert (
         json.loads((tmp_path / "scratch" / "s.jsonl").read_text().splitlines()[-1])["record"]

@@ -226,10 +226,10 @@ def test_only_targeted_weights_are_missed(shop):
 
 def test_gate_fails_for_base_other_than_in_config(shop):
     shutil.copytree("base", "other")
-    measure(base="other")
+    measure(base="other", overwrite=True)
     assert blocking("new.jsonl") == ("inconclusive", {"base"})
     with_config(shop, base_model_name_or_path="meta-llama/Llama-2-7b-hf")
-    measure()
+    measure(overwrite=True)
     assert blocking("new.jsonl") == ("inconclusive", {"base"})
     base = lora_diag.read_results("new.jsonl").run.inputs[0]
     pinned = f'about = "adapter"\n[checks]\n[inputs]\nbase = "{base.fingerprint}"\n'

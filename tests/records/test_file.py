@@ -425,7 +425,6 @@ def test_unwritable_output_is_refused_before_measuring(models, tmp_path):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     targets = [
-        tmp_path / "no" / "r.jsonl",
         tmp_path / ("n" * 300),
         *([] if os.getuid() == 0 else [locked / "r.jsonl"]),
     ]

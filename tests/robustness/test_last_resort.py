@@ -75,7 +75,7 @@ def test_exit_of_a_library_is_no_verdict(code: str) -> None:
     a check.
     """
     script = DEFECT.replace(
-        "app._run = fail", "app.commands = lambda names: lambda **options: fail()"
+        "app._run = fail", "app.commands = lambda names: lambda words, **options: fail()"
     )
     done = start(sys.executable, "-c", script.format(error=f"SystemExit({code})"))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1)

@@ -71,7 +71,8 @@ def test_failed_write_keeps_old_file_only(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_missing_folder_gives_one_message(tmp_path):
+def test_file_as_folder_gives_one_message(tmp_path):
+    (tmp_path / "no").touch()
     with pytest.raises(InputError, match="cannot be written"):
         write_safetensors(
             tmp_path / "no" / "x.safetensors", infos(TENSORS), TENSORS.__getitem__, {}

@@ -91,6 +91,7 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Ranks that keep the most energy within a budget.",
+            question="Which ranks fit a budget, layer by layer?",
             notes="Without a budget: the ranks of each layer by several rules.",
             run=".run:allocate_and_write",
             examples=("allocate results.jsonl --params 10M -o adapter_config.json",),

@@ -59,6 +59,7 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Write the best adapter of given ranks for an update.",
+            question="What is the best rank-r adapter of a full fine-tune?",
             examples=("extract base/ full_ft/ --rank 16 -o adapter/",),
             arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
             options=(ExtractOutput, ExtractOptions),

@@ -179,6 +179,7 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Merge updates of one BASE, and state what each keeps.",
+            question="Which merge is best, and what does it keep?",
             notes="The merge is an adapter, by default of the exact rank, or a checkpoint. One "
             "update alone is written "
             "at the strength --scale.",

@@ -76,6 +76,7 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Estimate the update that 16-bit storage rounded away.",
+            question="What was the update before bf16 storage rounded it away?",
             notes="A part of the update along the weight itself (weight decay, a rescaled layer) "
             "is not seen.",
             examples=(

@@ -62,6 +62,7 @@ FEATURE = Feature(
     commands=(
         Command(
             help="A training run over its checkpoints, and which to keep.",
+            question="Is the run healthy, and which checkpoint should I keep?",
             notes="Reads the outputs of transformers, TRL, axolotl, LLaMA-Factory and torchtune. "
             "Full checkpoints need "
             "BASE, before the run's folder or with --base.",

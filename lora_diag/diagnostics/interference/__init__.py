@@ -38,6 +38,7 @@ FEATURE = Feature(
         Command(
             run=".measure:compare_updates",
             help="Overlap of several updates, and the loss of merging them.",
+            question="Do several updates interfere?",
             examples=(
                 "interference lora_sql/ lora_chat/ lora_code/ -o interference.jsonl --spectrum "
                 "union.jsonl",

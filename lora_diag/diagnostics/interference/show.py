@@ -139,7 +139,9 @@ def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | Non
     """Return the command that compares merges of these updates by their loss; None without BASE."""
     if values["spectrum"] or all(each.role != "base" for each in results.run.inputs):
         return None
-    return Hint("merge {inputs} --method all --eval held_out.txt", "compares merges by the loss")
+    return Hint(
+        "merge {inputs} --method all --eval held_out.txt -o merged/", "compares merges by the loss"
+    )
 
 
 def interference_lines(results: Results[Interference | Union]) -> list[Statement]:

@@ -77,6 +77,7 @@ FEATURE = Feature(
         Command(
             run=".measure:judge_or_fix",
             help="The ΔW that each serving program applies, and its error.",
+            question="Do serving programs apply the same ΔW?",
             examples=("portability lora_r16/ --consumers vllm,llamacpp --require vllm",),
             arguments=(
                 Argument("base", "Base checkpoint, or an adapter alone.", optional=True),

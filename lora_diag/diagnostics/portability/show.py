@@ -120,7 +120,8 @@ def suggest_next(results: Results[Portability], values: Mapping[str, Any]) -> Hi
     if values["rules"] or values["fix"]:
         return None
     is_alone = values["adapter"] is None
-    inputs = "BASE {base}" if is_alone else "{base} {adapter}"
+    base, adapter = ("BASE", "{base}") if is_alone else ("{base}", "{adapter}")
+    inputs = f"{base} {adapter}"
     without_base = {record.part for record in results if record.status == "unknown"} - {"experts"}
     if is_alone and without_base:
         return Hint(f"portability {inputs}", "with the base checkpoint")
@@ -128,8 +129,10 @@ def suggest_next(results: Results[Portability], values: Mapping[str, Any]) -> Hi
         return _suggest_remedy({record.part for record in results}, inputs)
     if values["output"] is None:
         return Hint("-o portability.jsonl", "saves these results, for gate")
-    adapter = inputs.split()[-1]
-    return Hint(f"gate --policy adapter-basic --adapter {adapter}", "judges the adapter itself")
+    return Hint(
+        f"gate --policy adapter-basic --base {base} --adapter {adapter}",
+        "judges the adapter itself",
+    )
 
 
 def _suggest_remedy(parts: set[str], inputs: str) -> Hint:

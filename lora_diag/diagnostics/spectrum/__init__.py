@@ -43,6 +43,7 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Singular values of an update ΔW, layer by layer.",
+            question="Is the update low-rank, and do the files resolve it?",
             notes="Of many adapters: loradiag fleet. With --gradients, BASE only provides the "
             "names of the weights.",
             examples=(

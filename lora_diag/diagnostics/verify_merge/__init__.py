@@ -10,6 +10,7 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Compare a merged checkpoint with BASE plus the adapter.",
+            question="Is the merged checkpoint correct?",
             notes="Exit codes: 0 if every entry of MERGED is W + ΔW up to rounding, 1 if not, 5 "
             "inconclusive.",
             examples=("verify-merge base/ lora_r16/ merged/",),

@@ -36,6 +36,7 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Losses and outputs of adapters and a full fine-tune.",
+            question="Does it match the fine-tune in loss? What was forgotten?",
             run=".measure:compare_models",
             examples=(
                 "probe outputs base/ full_ft/ lora_r8/ lora_r64/ --eval held_out.txt -o "

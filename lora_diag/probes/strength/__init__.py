@@ -37,6 +37,7 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Loss at each strength t of the update, W + t·ΔW.",
+            question="How strong should the update act?",
             examples=(
                 "probe strength base/ adapter/ --eval held_out.txt --shifted other.txt -o "
                 "strength.jsonl",

@@ -125,7 +125,7 @@ def test_overwrite_keeps_other_files(tmp_path):
     with pytest.raises(UsageError, match=r"use \.json"):
         write_allocation(result, tmp_path / "adapter")
     with pytest.raises(InputError, match="cannot be written"):
-        write_allocation(result, tmp_path / "no/such/folder/adapter_config.json")
+        write_allocation(result, tmp_path / "notes.jsonl" / "adapter_config.json")
     write_allocation(result, tmp_path / "adapter_config.json")
     write_allocation(result, tmp_path / "adapter_config.json", scaling=1.0)
     config = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -39,7 +39,7 @@ def test_unresolved_update_is_not_to_be_truncated(mantissa, source):
         found,
         dict.fromkeys(("activations", "kfac", "output", "exclude", "layers")) | {"tuned": "t"},
     )
-    assert_names(hint.command, "probe outputs")
+    assert_names(hint.command, "recover")
     assert_names(find(summary_lines(found), "resolved").lead, source)
 
 

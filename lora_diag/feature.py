@@ -76,7 +76,7 @@ class Hint:
 SAVE_PROBE = Hint("-o probe.jsonl", "saves these results")
 
 # Flags of every command that measures layers: what it prints, and whether a row is a layer.
-ROWS = ("json", "quiet", "verbose", "per")
+ROWS = ("json", "quiet", "verbose", "by")
 
 
 @dataclass(frozen=True, slots=True)

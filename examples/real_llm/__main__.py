@@ -216,7 +216,7 @@ class Study:
                 f"outputs-{run.replace('/', '-')}", "probe", "outputs", *pair, *texts, *OTHER
             )
         self.command(f"truncation-{task}", "probe", "truncation", "base", full, *texts, *OTHER)
-        by_type = ["--granularity", "type", "--ranks", "0,8"]
+        by_type = ["--by", "type", "--ranks", "0,8"]
         self.command(
             f"truncation-type-{task}", "probe", "truncation", "base", full, *texts, *by_type
         )
@@ -316,7 +316,7 @@ class Study:
         if self.quick:
             return
         pair, blocks = ["base", full], ["--layers", BLOCKS]
-        alone = [*blocks, "--granularity", "layer", "--ranks", "0,8"]
+        alone = [*blocks, "--by", "layer", "--ranks", "0,8"]
         self.command("truncation-layer", "probe", "truncation", *pair, *texts, *alone)
         self.command("fisher", "probe", "fisher", *pair, *text, *few, *blocks, "--ranks", "1,8,64")
         few_values = ["--ranks", "0,8", "--eigenvalues", 3, "--trace-vectors", 4]

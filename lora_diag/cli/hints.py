@@ -68,7 +68,7 @@ def _fill_in(hint: Hint, values: Mapping[str, Any]) -> list[str] | None:
         words += map(str, value) if isinstance(value, list | tuple) else [str(value)]
     if not hint.command.startswith("-"):
         return words
-    is_layer_table = "--per" in words and values["per"] == "layer"
+    is_layer_table = "--by" in words and values["per"] == "layer"
     is_saved = "-o" in words and values["output"] is not None
     return None if is_layer_table or is_saved else words
 

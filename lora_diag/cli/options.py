@@ -23,7 +23,7 @@ from lora_diag.cli import output as out
 from lora_diag.cli.hints import find_hint
 from lora_diag.errors import DONE, UNREADABLE, Given, UsageError, flag
 from lora_diag.feature import Argument, Command, Feature
-from lora_diag.running.options import EXECUTION, INPUTS, OUTPUT, PER, Option, list_options
+from lora_diag.running.options import BY_ROW, EXECUTION, INPUTS, OUTPUT, Option, list_options
 
 if TYPE_CHECKING:
     from lora_diag.running.engines import Ray
@@ -43,7 +43,7 @@ DISPLAY = {
         short="-v",
         panel=OUTPUT,
     ),
-    "per": PER,
+    "by": BY_ROW,
 }
 
 # Read before the other options, as it gives their defaults (``lora_diag.cli.project``).
@@ -103,7 +103,7 @@ class OutputChoice:
     json: bool = False
     quiet: bool = False
     verbose: bool = False
-    per: str = "type"
+    by: str = "type"
 
     @property
     def table(self) -> bool:
@@ -199,7 +199,7 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
     for group in groups:
         parameters += _list_options(group)
     for name in command.shows:
-        kind = str if name == "per" else bool
+        kind = str if name == "by" else bool
         parameters.append(_make_parameter(name, kind, DISPLAY[name]))
     if groups and feature.name != "gate":
         parameters.append(_make_parameter("like", str, LIKE))
@@ -271,8 +271,8 @@ def _measure_and_show(
         for line in lines:
             out.print_json(line)
     if shown.table:
-        per = shown.per if "per" in command.shows else values.get("granularity")
-        values = {**values, "per": "layer" if per == "layer" else "type"}
+        by = shown.by if "by" in command.shows else values.get("by")
+        values = {**values, "per": "layer" if by == "layer" else "type"}
         hint = (
             None
             if values.get("follow")

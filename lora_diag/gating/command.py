@@ -100,7 +100,7 @@ def _suggest(has_passed: bool, files: Sequence[str], card: Path | None) -> str |
         command = rerun_command("--model-card", "README.md")
         return f"{command}   (puts the outcome into a model card)"
     if files:
-        command = shlex.join(["loradiag", "inspect", files[0], "--per", "layer"])
+        command = shlex.join(["loradiag", "inspect", files[0], "--by", "layer"])
         return f"{command}   (the measured values)"
     return f"{rerun_command('-o', 'verdicts.jsonl')}   (saves all verdicts)"
 

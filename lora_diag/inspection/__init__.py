@@ -11,7 +11,7 @@ FEATURE = Feature(
         Command(
             help="Show a results file, or list a checkpoint.",
             run=".run:inspect_any",
-            examples=("inspect results.jsonl --per layer",),
+            examples=("inspect results.jsonl --by layer",),
             arguments=(Argument("path", "Checkpoint, adapter or results file."),),
             options=(MissingAlpha,),
             table=".run:inventory_table",

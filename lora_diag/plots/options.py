@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 from lora_diag.catalog import figures
-from lora_diag.running.options import LAYERS, OUTPUT, PER, SHOW_RANK, Option
+from lora_diag.running.options import BY_ROW, LAYERS, OUTPUT, SHOW_RANK, Option
 
 # Derived from all features, including those of installed packages.
 _NAMES = ("all", *(figure.name for _, figure in figures()))
@@ -60,7 +60,7 @@ class PlotOptions(TypedDict, total=False):
         ),
     ]
     show_rank: Annotated[int | None, SHOW_RANK]
-    per: Annotated[str, PER.by("layer")]
+    by: Annotated[str, BY_ROW.by("layer")]
     width: Annotated[
         str,
         Option(

@@ -52,7 +52,7 @@ class FigureOptions(TypedDict, total=False):
 
     labels: Sequence[str]
     width: str
-    per: str
+    by: str
     field: str | None
     rank: int | None
     files: Sequence[str]
@@ -90,7 +90,7 @@ def figure(
             their figure is returned.
         **options: ``labels``: label of each of ``results``; default by the inputs that were
             measured. ``width``: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt), the
-            default. ``per``: ``layer`` (the default), or ``type`` to pool the layers of a module
+            default. ``by``: ``layer`` (the default), or ``type`` to pool the layers of a module
             type. ``field``: for a heat map, dotted name of a numeric field.
             ``rank``: the rank to draw where several were measured.
             ``files``: path of each of ``results``; the label of runs that are otherwise identical.
@@ -118,7 +118,7 @@ def panel(
     ax: Axes | None = None,
     *,
     name: str | None = None,
-    per: str = "layer",
+    by: str = "layer",
     field: str | None = None,
     rank: int | None = None,
 ) -> Axes:
@@ -134,7 +134,7 @@ def panel(
         name: Name of the panel where the figure has several, such as an evaluation set, an adapter
             of ``residual``, ``rows`` of ``angles`` or ``energy`` of ``allocation``; default the
             first.
-        per: ``layer``, or ``type`` to pool the layers of a module type.
+        by: ``layer``, or ``type`` to pool the layers of a module type.
         field: For a heat map, dotted name of a numeric field; default by the kind of record.
         rank: The rank to draw where several were measured.
 
@@ -155,7 +155,7 @@ def panel(
     """
     spec = figure_named(figure)
     make_page = _FEATURES[figure].load(spec.page)
-    return draw_panel(make_page, records, spec.kind, ax, name, Options(per, field, rank))
+    return draw_panel(make_page, records, spec.kind, ax, name, Options(by, field, rank))
 
 
 def figure_of(results: Results[Any], name: str | None = None, **options: Any) -> Figure:
@@ -201,7 +201,7 @@ def _draw_on(
         UsageError: There are several runs or options of a page, or the records cannot be drawn.
     """
     runs = [results] if isinstance(results, Results) else list(results)
-    of_panels = {"per", "field", "rank"}
+    of_panels = {"by", "field", "rank"}
     if len(runs) != 1 or not of_panels.issuperset(options):
         problem = f"takes one run and {', '.join(sorted(of_panels))}"
         raise UsageError("ax", problem, "remove it for a page")
@@ -229,13 +229,13 @@ def _make_page(
     spec = figure_named(name)
     style = replace(page_style_of(options.get("width", "slide")), plain=options.get("plain", False))
     runs = [results] if isinstance(results, Results) else list(results)
-    labels, per = options.get("labels", ()), options.get("per", "layer")
+    labels, by = options.get("labels", ()), options.get("by", "layer")
     if labels and len(labels) != len(runs):
         raise UsageError(
             f"{len(labels)} labels for {len(runs)} results; give one for each, in their order"
         )
-    if per not in {"layer", "type"}:
-        raise UsageError(Given("per", per), "unknown", "use layer or type")
+    if by not in {"layer", "type"}:
+        raise UsageError(Given("by", by), "unknown", "use layer or type")
     series = series_of(list(map(_select_naming_inputs, runs)), labels, options.get("files", ()))
     series = tuple(item for item in series if item.records)
     if spec.kind:
@@ -248,7 +248,7 @@ def _make_page(
                 f"{len(series)} runs are too many for one figure; give at most {most} results", ""
             )
     make_page = _FEATURES[name].load(spec.page)
-    page_options = Options(per, options.get("field"), options.get("rank"))
+    page_options = Options(by, options.get("field"), options.get("rank"))
     with apply_style(style):
         return make_page(series, style, page_options), style
 
@@ -303,7 +303,7 @@ def plot(
         label: Label of each of ``results``.
         field: For the heat map: dotted name of a numeric field, such as ``energy.16``.
         show_rank: The rank to draw where several were measured.
-        per: ``layer``, or ``type`` to pool the layers of a module type.
+        by: ``layer``, or ``type`` to pool the layers of a module type.
         width: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt).
         format: Format of files in a folder: ``png`` (the default), ``svg`` or ``pdf``.
         layers: Regular expression; only layers whose name contains a match.
@@ -350,7 +350,7 @@ def plot(
     figure_options: FigureOptions = {
         "labels": options["label"],
         "width": options["width"],
-        "per": options["per"],
+        "by": options["by"],
         "field": options["field"],
         "rank": options["show_rank"],
         "files": files,

@@ -69,7 +69,7 @@ class Results(Generic[L]):
         Args:
             figure: Name of a figure, as for ``loradiag plot --figure``; None for the first that the
                 records allow.
-            **options: ``labels``, ``width``, ``per``, ``field``, ``rank`` and ``plain`` of
+            **options: ``labels``, ``width``, ``by``, ``field``, ``rank`` and ``plain`` of
                 ``lora_diag.plots.figure``.
 
         Raises:

@@ -65,7 +65,7 @@ class Option:
         least: Smallest allowed number, also in a list; None for any.
         most: Largest allowed number, also in a list; None for any.
         between: Ends of the open interval of the number, or of each in a list; None for any.
-        former: Earlier name in Python and in the settings of records; empty for none.
+        former: Earlier names in Python and in the settings of records, with blanks between.
     """
 
     default: Any
@@ -144,11 +144,11 @@ class Option:
 # Options of several commands, each with its own default.
 RANKS = Option((4, 8, 16, 32, 64), "Ranks r to measure.", "R,R,...")
 RANK = Option(None, "Rank of the adapter in every layer.", "R")
-GRANULARITY = Option(
+BY_UNIT = Option(
     "all",
     "Truncate all layers together, or each layer or module type alone.",
     "all|layer|type",
-    former="per",
+    former="granularity per",
 )
 LR = Option((), "Peak learning rates to try.", "X,X,...", between=(0, MAX_RATE), former="rates")
 FULL_LR = LR.by((), help="Peak learning rates of full fine-tuning.", former="full_rates")
@@ -234,7 +234,9 @@ BASE_NAME = Option(
 EXCLUDE = Option(None, "Skip weights whose name contains a match.", "REGEX", panel=INPUTS)
 LAYERS = Option(None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS)
 UNFINISHED = Option(False, "Accept results of an interrupted spectrum run.", panel=INPUTS)
-PER = Option("type", "Rows: pooled by module type, or every layer.", "type|layer", panel=OUTPUT)
+BY_ROW = Option(
+    "type", "Rows: pooled by module type, or every layer.", "type|layer", panel=OUTPUT, former="per"
+)
 
 
 class Selection(TypedDict, total=False):
@@ -578,7 +580,9 @@ def fill_options(group: type[G], passed: Mapping[str, object]) -> G:
     """
     options = list_options(group)
     if unknown := next((name for name in passed if name not in options), None):
-        renamed = [name for name, (_, option) in options.items() if option.former == unknown]
+        renamed = [
+            name for name, (_, option) in options.items() if unknown in option.former.split()
+        ]
         names = renamed or [f"one of {', '.join(options)}"]
         raise TypeError(f"unexpected keyword argument {unknown!r}; use {names[0]}")
     if missing := [
@@ -604,7 +608,8 @@ def rename_settings(group: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
     >>> rename_settings(HeldOut, {"evaluate": ["a.txt"], "seed": 2})
     {'eval': ['a.txt'], 'seed': 2}
     """
-    names = {option.former: name for name, (_, option) in list_options(group).items()}
+    options = list_options(group).items()
+    names = {former: name for name, (_, option) in options for former in option.former.split()}
     return {names.get(name, name): value for name, value in recorded.items()}
 
 

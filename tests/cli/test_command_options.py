@@ -13,7 +13,8 @@ from lora_diag.cli import options
 from lora_diag.cli.app import application
 from lora_diag.errors import flag
 from lora_diag.probes.intrinsic import IntrinsicOptions
-from lora_diag.running.options import fill_options
+from lora_diag.probes.truncation import TruncationOptions
+from lora_diag.running.options import fill_options, rename_settings
 from tests.conftest import ROOT, save_model, save_pair
 from tests.messages import mentions
 
@@ -30,7 +31,7 @@ DIFFERENT = {
     "--scales": "probe strength has strengths of an update, merge factors of the merge",
     "--scale": "plan-merge has scales of fp8, merge a factor of the merge",
     "--directions": "intruders tests each, checkpoints compares their spaces",
-    "--granularity": "a probe has the units that it can change alone",
+    "--by": "a probe has the units that it can change alone",
     "--top": "plan estimates its cost",
     **dict.fromkeys(
         ("--alpha", "--dtype", "--lr", "--method", "--optimizer", "--steps", "--tokens"),
@@ -97,8 +98,15 @@ def test_settings_are_named_as_options(path):
 def test_settings_of_earlier_files_are_renamed():
     path = ROOT / "docs/evidence/curvature.jsonl"
     settings = lora_diag.read_results(path).run.settings
-    assert settings["granularity"] == stored_settings(path)["per"]
+    assert settings["by"] == stored_settings(path)["per"]
     assert not {"per", "top", "probes"} & {*settings}
+
+
+@pytest.mark.parametrize("former", ["granularity", "per"])
+def test_each_former_name_of_option_is_known(former):
+    assert rename_settings(TruncationOptions, {former: "type"}) == {"by": "type"}
+    with pytest.raises(TypeError, match=f"'{former}'; use by"):
+        fill_options(TruncationOptions, {former: "type"})
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ ERRORS = {
     ("spectrum", BASE, TUNED): [
         *((f"{words} -o r.jsonl", words.split()[0]) for words in (
             "--ranks 4,x", "--ranks 0", "--top 0", "--top many", "--method magic", "--device tpu", "--layers (",
-            "--exclude [", "--per planet", "--nope", "--rnak 4", f"--seed {'9' * 23} --top 4 "
+            "--exclude [", "--by planet", "--nope", "--rnak 4", f"--seed {'9' * 23} --top 4 "
                                                                  "--method krylov",
         )),
         ("--ranks= -o r.jsonl", "--ranks"), ("--resume", "--resume"), ("--ranks", "--ranks"),

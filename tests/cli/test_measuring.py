@@ -49,7 +49,7 @@ def test_table_records_and_gate_agree(run, tmp_path, command):
     assert ran.code == 0, ran.err
     assert max(map(len, ran.out.splitlines())) <= 80
     assert run("inspect", "r.jsonl", width=80).out == ran.out[: ran.out.index("\nNext ")] + "\n"
-    assert run("inspect", "r.jsonl", "--per", "layer").code == 0
+    assert run("inspect", "r.jsonl", "--by", "layer").code == 0
     assert run(*command.split(), *words, "--json").out == (tmp_path / "r.jsonl").read_text()
     for rule, code in rules.items():
         (tmp_path / "p.toml").write_text(f'[[rule]]\nname = "r"\nrequire = "{rule}"\n')

@@ -223,7 +223,7 @@ def test_print_annotated_stops_commands_around_text(in_ci, capsys):
     "words", [["inspect", "base"], ["inspect", "base", "--json"], ["spectrum", "base", "tuned"]]
 )
 def test_command_in_ci_carries_no_command(loradiag, tmp_path, words):
-    """Names of tensors, of which inspect and spectrum make a row each with --per layer."""
+    """Names of tensors, of which inspect and spectrum make a row each with --by layer."""
     rng = np.random.default_rng(0)
     for folder in ("base", "tuned"):
         names = ("::error::pwned.weight", "##[error]pwned.weight", "a\x9b31m\u202e\x7f.weight")
@@ -233,7 +233,7 @@ def test_command_in_ci_carries_no_command(loradiag, tmp_path, words):
         )
     for file in tmp_path.glob("*/model.safetensors"):
         file.unlink()
-    words = words if "--json" in words else [*words, "--per", "layer"]
+    words = words if "--json" in words else [*words, "--by", "layer"]
     ran = loradiag(*words, env={"GITHUB_ACTIONS": "true"})
     assert ran.code == 0, ran.err
     assert "pwned" in ran.out

@@ -282,7 +282,7 @@ def test_undrawable_record_states_reason():
         plots.why_not("angles", making.results(making.interferences(1)), rank=5), "rank 5", 4, 8
     )
     assert "at most 6 results" in plots.why_not("energy", [spectra] * 7)
-    for wrong in ({"width": "poster"}, {"per": "head"}, {"labels": ["a", "b"]}):
+    for wrong in ({"width": "poster"}, {"by": "head"}, {"labels": ["a", "b"]}):
         with pytest.raises(UsageError):
             plots.figure("energy", spectra, **wrong)
     with raises_naming(UsageError, "energy", "fleet"):

@@ -97,7 +97,7 @@ def cases():
             case,
             name,
             making.probed(records, untruncated="tuned"),
-            {"per": "type"} if case == "hostile" else {},
+            {"by": "type"} if case == "hostile" else {},
         )
     runs = [making.results(making.model(3), name=f"run_with_a_long_name_{i}") for i in range(5)]
     yield "five runs", "energy", runs, {"labels": ["A", "B " * 40, "C", "D", "$E_$"]}

@@ -278,7 +278,7 @@ def test_fisher_shows_predictor_orders_and_unmeasured_tails():
             np.testing.assert_allclose(lines(ax, name)[0], [[4, rho], [8, rho]])
     for ax in (
         plots.fisher(making.fishers(measured=False)),
-        plots.fisher(making.fishers(), per="type"),
+        plots.fisher(making.fishers(), by="type"),
     ):
         (tail,) = lines(ax, "mlp.up_proj")
         np.testing.assert_allclose(

@@ -101,7 +101,7 @@ def test_interrupted_probe_resumes_behind_its_records(inputs, tmp_path, probe):
 
 REFUSED = {
     "truncation": [
-        ({"ranks": (-1,)}, r"ranks=\(-1,\)"), ({"granularity": "planet"}, "granularity='planet'"),
+        ({"ranks": (-1,)}, r"ranks=\(-1,\)"), ({"by": "planet"}, "by='planet'"),
         ({"untruncated": "none"}, "untruncated='none'"),
         ({"batch": 0}, "batch=0"), ({"length": 1000}, "length=1000.*32 positions"), ({"dtype": "int8"}, "dtype='int8'"),
         ({"tokenizer": "nowhere"}, "nowhere: transformers cannot open a tokenizer.*tokenizer bytes", InputError),
@@ -120,7 +120,7 @@ REFUSED = {
     ],
     "sensitivity": [
         ({"rank": 0}, "rank=0"), ({"delta": 0}, "delta=0"),
-        ({"granularity": "head"}, "granularity='head': unknown value; use layer, block, type"),
+        ({"by": "head"}, "by='head': unknown value; use layer, block, type"),
         ({"layers": "no_such_layer"}, "no linear layer is selected", NothingComparedError),
     ],
     "intrinsic": [
@@ -134,7 +134,7 @@ REFUSED = {
         ({"ranks": (-1,)}, r"ranks=\(-1,\)"), ({"along": (1.5,)}, r"along=\(1.5,\)"),
         ({"along": (math.nan,)}, r"along=\(nan,\)"),
         ({"eigenvalues": 0}, "eigenvalues=0"), ({"trace_vectors": 0}, "trace_vectors=0"),
-        ({"granularity": "type"}, "granularity='type'"), ({"seed": -1}, "seed=-1"),
+        ({"by": "type"}, "by='type'"), ({"seed": -1}, "seed=-1"),
         ({"dtype": "bfloat16"}, "dtype='bfloat16': Hessian-vector products have errors"),
         ({"layers": "no_such_layer"}, "no matrix", NothingComparedError),
         ({"eval": ["a", "b"]}, "no such file", InputError),
@@ -179,7 +179,7 @@ def test_probe_command_writes_records(inputs, loradiag, tmp_path, probe):
     ran = loradiag("probe", probe, *words, "-o", "r.jsonl")
     assert ran.code == 0, ran.err
     assert read_results(tmp_path / "r.jsonl").end is not None
-    assert loradiag("inspect", "r.jsonl", "--per", "layer").code == 0
+    assert loradiag("inspect", "r.jsonl", "--by", "layer").code == 0
 
 
 def test_texts_and_models_given_twice_are_refused(inputs):

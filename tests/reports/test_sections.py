@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 # Of each probe: settings, and its records for parts of this name and sets of that name.
 MORE = {
-    "probe sensitivity": {"rank": 8, "delta": None, "granularity": "type", "kind": "LoRA"},
+    "probe sensitivity": {"rank": 8, "delta": None, "by": "type", "kind": "LoRA"},
     "probe curvature": {"ranks": [0, 4, 16]},
     "probe intrinsic": {
         "ranks": [1, 8],

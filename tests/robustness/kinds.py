@@ -215,7 +215,7 @@ def results(rng: random.Random, whole: Path, at: Path) -> list[str]:
     (at / "r.jsonl").write_bytes(mutate.damaged_results(name.read_bytes(), rng))
     base, tuned = str(whole / "base"), str(whole / "tuned")
     commands = [
-        *(["inspect", "r.jsonl", *more] for more in ([], ["--per", "layer"], ["--json"])),
+        *(["inspect", "r.jsonl", *more] for more in ([], ["--by", "layer"], ["--json"])),
         *(["report", "r.jsonl", "--format", form] for form in ("md", "csv")),
         ["gate", str(whole / "policy.toml"), "r.jsonl"],
         ["gate", "--policy", rng.choice(["adapter-basic", "merge", "full-ft-drift"]), "r.jsonl"],
@@ -244,7 +244,7 @@ OPTIONS = (
         "--exclude",
         "--device",
         "--workers",
-        "--per",
+        "--by",
         "-o",
         "--json",
         "--resume",

@@ -47,7 +47,7 @@ MEASURING = {
     "plan-merge": [[BASE, ADAPTER, "--to", "bf16", *QPROJ]],
     "recover": [[BASE, TUNED, "--rank", "2", *QPROJ, "-o", "recovered"]],
     "extract": [[BASE, TUNED, "--rank", "2", *QPROJ, "-o", "adapter"]],
-    "inspect": [[BASE], [ADAPTER, "--per", "layer"]],
+    "inspect": [[BASE], [ADAPTER, "--by", "layer"]],
     "doctor": [[BASE]],
 }
 NAMES = [name for name, *_ in commands()]

@@ -50,7 +50,7 @@ def far(words, url):
         ["intruders", "@base", "@lora_r4", *QPROJ],
         ["verify-merge", "@base", "@lora_r4", "@full_ft", *QPROJ],
         ["inspect", "@base"],
-        ["inspect", "@lora_r16", "--per", "layer"],
+        ["inspect", "@lora_r16", "--by", "layer"],
         ["plan", "@base"],
         ["plan", "@base/config.json"],
     ],

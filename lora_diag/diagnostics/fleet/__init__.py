@@ -31,7 +31,7 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Ranks, outliers and near-duplicates of many adapters.",
-            notes="Rows: adapters with a remark; with --per layer, all adapters. DoRA, PiSSA and "
+            notes="Rows: adapters with a remark; with --by layer, all adapters. DoRA, PiSSA and "
             "IA³ need --base.",
             examples=("fleet 'adapters/**' -o fleet.jsonl",),
             name="fleet",

@@ -81,7 +81,7 @@ def suggest_next(results: Results[Merge], values: Mapping[str, Any]) -> Hint | N
     """Return the hint to show the results per layer; None after a correct merge."""
     if outcome(results) == "correct":
         return None
-    command = "--per layer" if values["output"] is None else "inspect {output} --per layer"
+    command = "--by layer" if values["output"] is None else "inspect {output} --by layer"
     return Hint(command, "layer by layer")
 
 
@@ -159,7 +159,7 @@ def _describe_faults(results: Results[Merge]) -> list[Statement]:
         text = [f"{listed[0]} → {REMEDIES[status]}", *listed[1:SHOWN]]
         if remaining := sum(len(layers) for layers in list(causes.values())[SHOWN:]):
             layers = quantity(remaining, "layer")
-            text.append(f"and {layers} more; --per layer and the records name each")
+            text.append(f"and {layers} more; --by layer and the records name each")
         key = status.replace(" ", "_")
         lines.append(make_statement(key, status.capitalize(), *text, level="failure"))
     return lines

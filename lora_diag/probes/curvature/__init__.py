@@ -15,7 +15,7 @@ from lora_diag.feature import (
     Section,
 )
 from lora_diag.running.options import (
-    GRANULARITY,
+    BY_UNIT,
     RANKS,
     SEED,
     HeldOut,
@@ -40,9 +40,9 @@ class CurvatureOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
         int, Option(10, "Random vectors of the trace estimate.", "N", least=1, former="probes")
     ]
     ggn: Annotated[bool, Option(False, "Use the Gauss-Newton matrix, not the Hessian.")]
-    granularity: Annotated[
+    by: Annotated[
         str,
-        GRANULARITY.by(
+        BY_UNIT.by(
             "all",
             metavar="all|layer",
             help="Eigenvalues of all layers together, or also of each alone.",

@@ -490,7 +490,7 @@ def probe_curvature(
         trace_vectors: Number of random vectors of the trace estimate.
         ggn: Measure the generalised Gauss–Newton matrix instead of the Hessian: the Hessian without
             the part from the model's own curvature, positive semidefinite.
-        granularity: ``all`` for eigenvalues of all layers jointly; ``layer`` also for those of
+        by: ``all`` for eigenvalues of all layers jointly; ``layer`` also for those of
             every layer's own block.
         seed: Seed of the Lanczos start and of the random vectors of the trace.
         **options: ``CurvatureOptions``.
@@ -552,7 +552,7 @@ def probe_curvature(
 
     def count_tokens() -> float:
         bounds = len(options["ranks"]) * (1 + len(fractions)) if compared else 0
-        blocks = len(chosen) * (options["granularity"] == "layer")
+        blocks = len(chosen) * (options["by"] == "layer")
         products = _count_products(options, blocks + 1, bounds, compared is None)
         return PRODUCT * products * run.count_tokens(sets)
 
@@ -565,7 +565,7 @@ def probe_curvature(
         "along": fractions if swapped else [],
         **run.settings("eigenvalues", "trace_vectors"),
         "matrix": matrix,
-        **run.settings("granularity", "layers", "exclude", "seed"),
+        **run.settings("by", "layers", "exclude", "seed"),
     }
     loss_function = LossFunction(
         model, texts, run.batch, chosen, matrix, partial(run.watch.batch, "products")
@@ -624,7 +624,7 @@ def _measure(
     missing = [layer for layer in loss_function.layers if layer not in done]
     if swapped is not None:
         swapped.arrange({}, FULL)
-    blocks = len(missing) * (options["granularity"] == "layer")
+    blocks = len(missing) * (options["by"] == "layer")
     bounds = len(ranks) * (1 + len(fractions))
     products = _count_products(options, (None not in done) + blocks, bounds, swapped is None)
     watch.total = watch.done + products * loss_function.texts.count_batches(loss_function.size)
@@ -679,7 +679,7 @@ def _iterate_curvatures(
     """Yield the missing records, those from the same eigenpairs in one list; a missing joint record
     is in the first.
 
-    Layers have the gradient, the trace and, at BASE, the surrogate: with granularity ``all`` from
+    Layers have the gradient, the trace and, at BASE, the surrogate: by ``all`` from
     the joint eigenpairs, with ``layer`` from their own, whose eigenvalues they then have, too.
 
     Args:
@@ -691,7 +691,7 @@ def _iterate_curvatures(
         has_joint: Whether the file has the joint record.
         layers: Layers without a record.
     """
-    top, per, seed = options["eigenvalues"], options["granularity"], options["seed"]
+    top, per, seed = options["eigenvalues"], options["by"], options["seed"]
     parts = loss_function.split(gradient)
     joint_trace, traces = estimate_traces(loss_function, options["trace_vectors"], seed)
 

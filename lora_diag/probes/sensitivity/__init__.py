@@ -8,8 +8,8 @@ from typing import Annotated, Required
 
 from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, Command, Feature, Figure, Section
 from lora_diag.running.options import (
+    BY_UNIT,
     DATA,
-    GRANULARITY,
     LR,
     RANK,
     REPEATS,
@@ -28,8 +28,8 @@ class SensitivityOptions(Shifted, LayerTrainOptions, total=False):
     delta: Annotated[
         int | None, Option(None, "Also train at rank R + D; default: only at R.", "D", least=1)
     ]
-    granularity: Annotated[
-        str, GRANULARITY.by("layer", metavar="layer|block|type", help="Unit that is adapted alone.")
+    by: Annotated[
+        str, BY_UNIT.by("layer", metavar="layer|block|type", help="Unit that is adapted alone.")
     ]
     lr: Annotated[Sequence[float], LR.by((3e-3, 1e-2))]
     steps: Annotated[int, STEPS.by(50)]

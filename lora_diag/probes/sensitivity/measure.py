@@ -52,7 +52,7 @@ PARTED = 0.25
 # Reductions of a run with default options.
 REDUCTIONS = (
     *SEQUENCES[:-2],
-    ("granularity", "block"),
+    ("by", "block"),
     ("widen", 0),
     ("lr", (1e-2,)),
     ("steps", 25),
@@ -258,7 +258,7 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         shifted: Files of another distribution.
         rank: Rank r.
         delta: δ: also train at r + δ, for the marginal gain L_ℓ(r) − L_ℓ(r + δ).
-        granularity: Unit of adaptation: each ``layer``, the layers of a ``block``, or of a module
+        by: Unit of adaptation: each ``layer``, the layers of a ``block``, or of a module
             ``type``.
         lr: Peak learning rates.
         steps: Number of updates of a run.
@@ -283,7 +283,7 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         ...     "sample_checkpoints/base",  # doctest: +SKIP
         ...     data="train.txt",
         ...     eval=["held_out.txt"],
-        ...     granularity="type",
+        ...     by="type",
         ...     steps=50,
         ... )
         >>> {record.record for record in found.whole}  # doctest: +SKIP
@@ -302,17 +302,17 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
     ranks = (rank, rank + delta) if delta is not None else (rank,)
 
     def count_tokens() -> float:
-        units = len(units_of(linear, base_names, run.options["granularity"])) * (
-            1 + 2 * PARTED * ("granularity" in run.reduced)
+        units = len(units_of(linear, base_names, run.options["by"])) * (
+            1 + 2 * PARTED * ("by" in run.reduced)
         )
         return run.count_train_tokens(units * len(ranks), run.options["lr"], STEP_ALONE)
 
     run.fit_runs(count_tokens, REDUCTIONS)
-    units = units_of(linear, base_names, run.options["granularity"])
+    units = units_of(linear, base_names, run.options["by"])
     parts = units_of(linear, base_names, "part")
-    parted = math.ceil(PARTED * len(units)) if "granularity" in run.reduced else 0
+    parted = math.ceil(PARTED * len(units)) if "by" in run.reduced else 0
     if parted:
-        run.reduced["granularity"] += f" and the parts of {quantity(parted, 'block')}"
+        run.reduced["by"] += f" and the parts of {quantity(parted, 'block')}"
     settings = _make_settings(run)
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
@@ -351,7 +351,7 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
 def _make_settings(run: TrainRun[SensitivityOptions]) -> dict[str, Any]:
     """Return the settings for the run record."""
     return {
-        **run.settings("granularity", "rank", "delta"),
+        **run.settings("by", "rank", "delta"),
         "lr": sorted(set(run.options["lr"])),
         **run.training_settings(),
         **run.selection,

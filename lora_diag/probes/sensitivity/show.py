@@ -121,7 +121,7 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     columns += columns_of(others, align(rows))
     scores = _index_first_order(results)
     score_rows = [(name, [scores_of(row, scores)]) for name, row in zip(names, rows, strict=True)]
-    title = f"{title_of(settings['granularity'])} alone"
+    title = f"{title_of(settings['by'])} alone"
     columns += columns_of(_PROXIES, score_rows)
     return [Grid("", title, tuple(names), tuple(columns), _make_table_note(settings), MAX_ROWS)]
 
@@ -131,7 +131,7 @@ def _make_table_note(settings: dict[str, Any]) -> str:
     rank, delta = settings["rank"], settings["delta"]
     note = (
         f"Gain is the decrease of the held-out loss, in nats, by a LoRA of r={rank} on this "
-        f"{title_of(settings['granularity'])} alone, with its standard error over sequences; a "
+        f"{title_of(settings['by'])} alone, with its standard error over sequences; a "
         "gain below two standard errors, more for few sequences, is not significant"
     )
     if delta:
@@ -145,7 +145,7 @@ def _describe_set(
     base = next(record for record in records if record.set == name and not record.unit)
     if not gains:
         return on_set(name, f"loss {base.loss:.4f} of BASE; no run is finished with a finite loss")
-    unit, gains = title_of(settings["granularity"]), Gain.undivided(gains)
+    unit, gains = title_of(settings["by"]), Gain.undivided(gains)
     better, worse = _count_clear(gains)
     highest = sorted(gains, key=lambda gain: -gain.gain)[:_NAMED]
     named = ", ".join(f"{short(gain.unit)} {gain.gain:+.4f}" for gain in highest)

@@ -16,7 +16,7 @@ from lora_diag.feature import (
     Section,
 )
 from lora_diag.running.options import (
-    GRANULARITY,
+    BY_UNIT,
     MATCH_NORM,
     RANKS,
     LayerProbeOptions,
@@ -31,7 +31,7 @@ class TruncationOptions(Shifted, LayerProbeOptions, MissingAlpha, total=False):
 
     ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]
     match_norm: Annotated[bool, MATCH_NORM]
-    granularity: Annotated[str, GRANULARITY]
+    by: Annotated[str, BY_UNIT]
     untruncated: Annotated[
         str,
         Option(
@@ -82,7 +82,7 @@ FEATURE = Feature(
             needs="truncation",
             page=".figures:make_alone_page",
             options=("rank",),
-            made_by="loradiag probe truncation BASE TUNED --eval FILE --granularity type -o "
+            made_by="loradiag probe truncation BASE TUNED --eval FILE --by type -o "
             "truncation.jsonl",
         ),
     ),

@@ -60,9 +60,7 @@ def make_alone_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
     records = [record for item in series for record in item.records if name_part(record)]
     ranks = sorted({record.rank for record in records if record.rank is not None})
     if not ranks:
-        raise UndrawableError(
-            "no layer or module type was truncated alone (--granularity layer or type)"
-        )
+        raise UndrawableError("no layer or module type was truncated alone (--by layer or type)")
     rank = ranks[0] if options.rank is None else choose_rank(ranks, options)
 
     def rows_of(item: Series[Probe], name: str, color: str) -> list[Row]:
@@ -103,7 +101,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     # All layers truncated together, BASE and TUNED.
     runs = [[r for r in item.records if not name_part(r) and not r.match_norm] for item in series]
     if not any(record.subject == "truncated" for records in runs for record in records):
-        raise UndrawableError("no rank was measured with all layers truncated (--granularity all)")
+        raise UndrawableError("no rank was measured with all layers truncated (--by all)")
     single, width = len(series) == 1, style.line
     xlabel, ylabel = (
         "rank r of the update",

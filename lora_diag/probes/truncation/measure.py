@@ -111,7 +111,7 @@ def probe_truncation(
         ranks: Ranks r; 0 restores the truncated layers of ``base``.
         match_norm: Also measure (‖ΔW‖/‖ΔW_r‖)·ΔW_r in every layer: its distance from ΔW_r is the
             loss of length, the rest of the gap to TUNED the loss of direction.
-        granularity: ``all`` layers truncated together; or each ``layer`` or module ``type`` alone,
+        by: ``all`` layers truncated together; or each ``layer`` or module ``type`` alone,
             the others as in TUNED.
         untruncated: Source of the other tensors: ``tuned``, or ``base``, as with an adapter on the
             matrices only.
@@ -141,7 +141,7 @@ def probe_truncation(
     """
     run = ProbeRun("probe truncation", options, TruncationOptions)
     per, rest, match_norm = (
-        run.options["granularity"],
+        run.options["by"],
         run.options["untruncated"],
         run.options["match_norm"],
     )
@@ -182,7 +182,7 @@ def probe_truncation(
 
     settings: dict[str, Any] = {
         "ranks": ranks,
-        "granularity": per,
+        "by": per,
         "untruncated": rest,
         **run.selection,
     }

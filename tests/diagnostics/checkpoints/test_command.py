@@ -179,7 +179,7 @@ def test_results_are_shown_drawn_reported_and_judged(out, tmp_path, run):
     shown = run("checkpoints", out, "-o", "run.jsonl", width=80)
     assert_names(shown.out, "settled", "learning rates")
     assert max(map(len, shown.out.splitlines())) <= 80
-    assert run("inspect", "run.jsonl", "--per", "layer").code == 0
+    assert run("inspect", "run.jsonl", "--by", "layer").code == 0
     for width in ("slide", "column"):
         drawn = run(
             "plot", "run.jsonl", "--figure", "checkpoints", "--width", width, "-o", f"{width}.png"

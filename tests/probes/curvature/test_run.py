@@ -427,7 +427,7 @@ def test_gradient_at_base_is_projected_on_top_eigenpairs(case, at_base):
         "tokenizer": "bytes",
     }
     _, joint = lora_diag.probe_curvature(base, **options).whole
-    _, own = lora_diag.probe_curvature(base, granularity="layer", **options).whole
+    _, own = lora_diag.probe_curvature(base, by="layer", **options).whole
     values, vectors = np.linalg.eigh(at_base.hessian())
     g, v = at_base.gradient(), vectors[:, ::-1][:, :6]
     c = v.T @ g
@@ -453,7 +453,7 @@ def test_every_layer_has_eigenvalues_of_its_own_block(case):
         "eigenvalues": 1,
         "trace_vectors": 2,
         "tokenizer": "bytes",
-        "granularity": "layer",
+        "by": "layer",
     }
     result = lora_diag.probe_curvature(base, tuned, eval=[text], **options)
     joint, *layers = (record for record in result.whole if record.record == "curvature")

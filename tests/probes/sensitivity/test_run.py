@@ -143,7 +143,7 @@ def test_first_order_scores_equal_float64_gradient(case, tmp_path):
         lr=(1e-2,),
         steps=4,
         batch=2,
-        granularity="block",
+        by="block",
         seed=SEED,
     )
     scores = {record.layer: record for record in result.whole if isinstance(record, FirstOrder)}
@@ -229,7 +229,7 @@ def test_reduced_run_divides_block_with_largest_gain(tmp_path, monkeypatch):
     train, held = some_text(tmp_path, "train", windows=9), some_text(tmp_path, windows=20)
     options = {"data": train, "eval": [held], "rank": 2, "batch": 4, "seed": SEED}
     found = lora_diag.probe_sensitivity(base, **options, output=tmp_path / "s.jsonl")
-    smaller = {"granularity": "block", "steps": 3, "lr": (1e-2,), "widen": 0, "max_sequences": 8}
+    smaller = {"by": "block", "steps": 3, "lr": (1e-2,), "widen": 0, "max_sequences": 8}
     explicit = runs_of(lora_diag.probe_sensitivity(base, **options, **smaller))
     runs = {record.unit: record for record in runs_of(found)}
     assert [*runs.values()][: len(explicit)] == explicit
@@ -250,4 +250,4 @@ def test_reduced_run_divides_block_with_largest_gain(tmp_path, monkeypatch):
         assert runs[part].loss == pytest.approx(truth, abs=1e-4)
     again = lora_diag.probe_sensitivity(base, **options, output=tmp_path / "s.jsonl", resume=True)
     assert again.whole == found.whole
-    assert_names(table(found, 200), "--granularity block (of layer)", "parts of 1 block")
+    assert_names(table(found, 200), "--by block (of layer)", "parts of 1 block")

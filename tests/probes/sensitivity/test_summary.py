@@ -12,7 +12,7 @@ from tests import building
 from tests.messages import assert_names
 
 SETTINGS = {
-    "granularity": "layer",
+    "by": "layer",
     "rank": 2,
     "delta": None,
     "lr": [0.1],

@@ -125,9 +125,7 @@ def test_lengthened_update_is_measured_with_truncated_one(case):
 @pytest.mark.parametrize("per", ["layer", "type"])
 def test_sensitivity_by_layer_or_type(case, per):
     base, tuned, text = case
-    result = lora_diag.probe_truncation(
-        base, tuned, eval=[text], ranks=(2,), granularity=per, layers="attn"
-    )
+    result = lora_diag.probe_truncation(base, tuned, eval=[text], ranks=(2,), by=per, layers="attn")
     before, after = tensors(base), tensors(tuned)
     alone = [record for record in result.whole if record.subject == "truncated"]
     assert len(alone) == (4 if per == "layer" else 2)

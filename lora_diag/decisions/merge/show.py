@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,7 @@ _COMPARING = {"kept_random", "kept_mean", "others", "directions", "sign_conflict
 EXACT = 1e-5
 
 
-def suggest_next(results: Results[Merged], values: Mapping[str, Any]) -> Hint | None:
+def suggest_next(results: Results[Merged], values: Mapping[str, Any]) -> Hint | str | None:
     """Return the next step: the check of one merged update, or the loss of several, or their merge
     into BASE.
     """
@@ -70,7 +71,9 @@ def suggest_next(results: Results[Merged], values: Mapping[str, Any]) -> Hint | 
         return Hint("probe outputs {base} {output} --eval held_out.txt", "the loss, once per task")
     if values["checkpoint"]:
         return None
-    return Hint("merge {base} {output} --checkpoint -o served/", "adds it to BASE")
+    # What chose this merge, such as --method and --eval, is not of the next one.
+    words = ["loradiag", "merge", values["base"], values["output"], "--checkpoint", "-o", "served/"]
+    return f"{shlex.join(map(str, words))}   (adds it to BASE)"
 
 
 def group_updates(results: Results[Merged]) -> list[tuple[str, list[Merged]]]:

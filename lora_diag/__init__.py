@@ -82,7 +82,9 @@ def __getattr__(name: str) -> Any:
         if name in _OTHER_EXPORTS:
             return for_python(getattr(import_module(_OTHER_EXPORTS[name]), name))
         # ``from lora_diag import catalog`` asks here first, and must load no plugin.
-        if find_spec(f"{__name__}.{name}") is None and (load := find_function(name)):
+        # A folder without modules, as an update of a clone may leave, is no package of that name.
+        package = find_spec(f"{__name__}.{name}")
+        if (package is None or package.origin is None) and (load := find_function(name)):
             return for_python(load())
     raise AttributeError(f"module 'lora_diag' has no attribute {name!r}")
 

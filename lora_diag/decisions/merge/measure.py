@@ -408,13 +408,17 @@ def _write_weight(
     assert task.base is not None
     dtype = settings.dtype or task.base.dtype
     weight = torch.empty(task.shape, dtype=getattr(torch, dtype))
-    row = 0
+    row, squares = 0, 0.0
     for block, change in zip(row_blocks(task.base, task.shape), rows_of(merged), strict=True):
-        weight[row : row + len(block)] = block.double() + change.cpu()
+        exact_rows = block.double() + change.cpu()
+        rows = weight[row : row + len(block)]
+        rows.copy_(exact_rows)
+        squares += float((rows.double() - exact_rows).square().sum())
         row += len(block)
     _check_finite(task, dtype, weight)
     write_tensors(file, {"W": weight})
-    fields = {"dtype": dtype, "method": ""}
+    epsilon = math.sqrt(squares) / fro if fro else None
+    fields = {"dtype": dtype, "method": "", "epsilon": epsilon}
     if factors is not None:
         rank = int((factors.s > NUMERICALLY_ZERO * factors.s[:1]).sum())
         factors = _keep_directions(factors, rank)

@@ -61,10 +61,10 @@ class Merged(LayerRecord):
             measured.
         rank: Rank of the written factors; 0 for a merge of zero. Null for a checkpoint.
         params: rank·(out + in); null for a checkpoint.
-        epsilon: ‖M − M_written‖_F / ‖M‖_F, from truncation and rounding of factors. Null for a
-            checkpoint and M = 0.
+        epsilon: ‖M − M_written‖_F / ‖M‖_F, from truncation and rounding of factors; for a
+            checkpoint from rounding W + M. Null for M = 0.
         epsilon_min: The smallest of any update of this rank (Eckart–Young), up to ``energy_error``;
-            null likewise.
+            null also for a checkpoint.
         energy_error: Bound on the error of ``epsilon_min``²; null likewise.
         dtype: Dtype of the written values.
         method: Method of the singular vectors; empty without.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from lora_diag.records.probe import set_names
 from lora_diag.rendering.html import code_span, model_card
 from lora_diag.rendering.losses import caption_of, describe_few
 from lora_diag.rendering.statements import (
+    Level,
     Statement,
     left_out,
     left_out_level,
@@ -58,7 +60,7 @@ _COMPARING = {"kept_random", "kept_mean", "others", "directions", "sign_conflict
 EXACT = 1e-5
 
 
-def suggest_next(results: Results[Merged], values: Mapping[str, Any]) -> Hint | None:
+def suggest_next(results: Results[Merged], values: Mapping[str, Any]) -> Hint | str | None:
     """Return the next step: the check of one merged update, or the loss of several, or their merge
     into BASE.
     """
@@ -69,7 +71,9 @@ def suggest_next(results: Results[Merged], values: Mapping[str, Any]) -> Hint | 
         return Hint("probe outputs {base} {output} --eval held_out.txt", "the loss, once per task")
     if values["checkpoint"]:
         return None
-    return Hint("merge {base} {output} --checkpoint -o served/", "adds it to BASE")
+    # What chose this merge, such as --method and --eval, is not of the next one.
+    words = ["loradiag", "merge", values["base"], values["output"], "--checkpoint", "-o", "served/"]
+    return f"{shlex.join(map(str, words))}   (adds it to BASE)"
 
 
 def group_updates(results: Results[Merged]) -> list[tuple[str, list[Merged]]]:
@@ -301,18 +305,25 @@ def _is_worse(
 
 
 def _describe_error(results: Results[Merged]) -> Statement:
-    """State the error of the written factors."""
+    """State the error of the written factors, or of the rounding of a checkpoint, as ``plan-merge``
+    predicts it.
+    """
     epsilon, least = pooled_epsilon(results.layers), pooled_epsilon(results.layers, "epsilon_min")
-    if epsilon is None or least is None:
+    if epsilon is None:
         return make_statement("error", "Error", "")
     error = f"ε = {number(epsilon)}"
     if epsilon < EXACT:
-        text = f"none: the factors are the merge ({error})"
+        text = f"none: what is written is the merge ({error})"
         return make_statement("error", "Error", text, priority=2)
-    text = f"{error} = ‖M − written‖/‖M‖: {percent(1 - epsilon**2)} of ‖M‖² is written"
+    level: Level = "warning" if epsilon > 0.5 else "note"
+    text = f"{error} = ‖M − written‖/‖M‖"
+    if least is None:
+        text += f", by rounding to {results.layers[0].dtype}; plan-merge states it before a merge"
+        return make_statement("error", "Error", text, level=level, priority=0)
+    text += f": {percent(1 - epsilon**2)} of ‖M‖² is written"
     if epsilon > 1.01 * least:
         text += f"; the best of these ranks has {number(least)}"
-    return make_statement("error", "Error", text, level="warning" if epsilon > 0.5 else "note")
+    return make_statement("error", "Error", text, level=level)
 
 
 def _describe_kept(results: Results[Merged]) -> Statement:
@@ -424,7 +435,7 @@ def merge_card(results: Results[Merged], base_name: str, command: str) -> str:
     ]
     if epsilon := pooled_epsilon(results.layers):
         distance = f"a distance of ε = {number(epsilon)} from the merge, relative to its norm"
-        body.append(f"The factors have {distance}.")
+        body.append(f"What is written has {distance}.")
     return model_card(
         title,
         base_name,

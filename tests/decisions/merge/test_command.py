@@ -321,6 +321,40 @@ def test_single_update_equals_merge_and_unload_of_peft(run, tmp_path, config):
     assert_names(other.err, "0.7 times one update", "--checkpoint")
 
 
+@pytest.mark.parametrize("to", ["bfloat16", "float16"])
+def test_checkpoint_states_rounding_as_plan_merge_predicts(run, tmp_path, to):
+    base, adapter = SAMPLES / "base", SAMPLES / "lora_r4"
+    words = ("merge", base, adapter, "--checkpoint", "--output-dtype", to, "-o", "merged")
+    shown = run(*words, "--layers", r"layers\.0\.")
+    assert shown.code == 0
+    before, after = (
+        {
+            name: value
+            for file in folder.glob("*.safetensors")
+            for name, value in load_file(file).items()
+        }
+        for folder in (base, tmp_path / "merged")
+    )
+    change = lora_diag.merge(base, [adapter], tmp_path / "factors", layers=r"layers\.0\.")
+    factors = load_file(tmp_path / "factors" / "adapter_model.safetensors")
+    form = {"bfloat16": "bf16", "float16": "fp16"}[to]
+    planned = {
+        record.layer: record.error
+        for record in lora_diag.plan_merge(base, adapter, to=form, layers=r"layers\.0\.")
+    }
+    records = lora_diag.read_results(tmp_path / "merged" / "merge.jsonl").layers
+    assert len(records) == len(change.layers) == len(planned)
+    for record in records:
+        stem = "base_model.model." + record.layer.removesuffix(".weight")
+        update = (
+            factors[f"{stem}.lora_B.weight"].double() @ factors[f"{stem}.lora_A.weight"].double()
+        )
+        exact = before[record.layer].double() + update
+        error = float((after[record.layer].double() - exact).norm() / update.norm())
+        assert record.epsilon == pytest.approx(error, rel=1e-4)
+        assert record.epsilon == pytest.approx(planned[record.layer], rel=1e-3)
+
+
 def test_card_has_the_command_that_wrote_the_merge(run, three, tmp_path):
     assert (
         run("merge", "base", "a", "b", "-o", "out", "--method", "sum", "--weights", "1,3").code == 0

@@ -215,7 +215,7 @@ def checks(device: torch.device, folder: Path, widths: tuple[int, ...]) -> Itera
     yield Row("`spectrum` of a pair", of_pair)
     # one matrix: cuSOLVER's Jacobi iteration in float64 may take long
     yield Row(
-        "`spectrum --method exact`", partial(of_pair, method="exact", layers=r"layers\.0\..*q_proj")
+        "`spectrum --svd exact`", partial(of_pair, svd="exact", layers=r"layers\.0\..*q_proj")
     )
     yield Row("`spectrum --top 16`", partial(of_pair, top=16))
     yield Row("`spectrum` of an adapter", of_adapter)

@@ -190,13 +190,13 @@ def fixed(
     for method in ("auto", "exact"):
         out = home / f"ours-{method}"
         tools.done(
-            tools.loradiag("extract", base, tuned, "--rank", RANK, "--method", method, "-o", out)
+            tools.loradiag("extract", base, tuned, "--rank", RANK, "--svd", method, "-o", out)
         )
     tools.done(tools.mergekit(base, tuned, home / "mergekit", RANK))
     tools.peft_convert(base, whole, home / "peft", RANK)
     result = {
         "loradiag extract": tools.merged(base, home / "ours-auto"),
-        "loradiag extract --method exact": tools.merged(base, home / "ours-exact"),
+        "loradiag extract --svd exact": tools.merged(base, home / "ours-exact"),
         "mergekit": tools.merged(base, home / "mergekit"),
         "PEFT save_as_lora, from an adapter of full rank": tools.merged(base, home / "peft"),
     }

@@ -135,7 +135,7 @@ class Change:
         """Compute singular values, in factored form if there are factors.
 
         Args:
-            method: As in ``--method``; not used for factors.
+            method: As in ``--svd``; not used for factors.
             top: Number of largest singular values; None for all.
             vectors: Whether to compute singular vectors, too.
             tol: Maximum error of an energy fraction; not used for factors.

@@ -141,10 +141,10 @@ def check_request(method: str, top: int | None, tol: float) -> None:
         UsageError: One of them is invalid.
     """
     if method not in {"auto", *METHODS}:
-        raise UsageError(Given("method", method), f"use auto, {', '.join(METHODS)}")
+        raise UsageError(Given("svd", method), f"use auto, {', '.join(METHODS)}")
     if method == "krylov" and top is None:
         raise UsageError(
-            Given("method", "krylov"),
+            Given("svd", "krylov"),
             "computes the largest values only",
             "give $top K, or use auto",
         )
@@ -342,7 +342,7 @@ def _make_memory_error(shape: tuple[int, int], allowance: Allowance) -> MemoryLi
         return MemoryLimitError(
             size,
             f"{problem}, and exact takes {_format_size(needed)}",
-            "$method gram reads it in row blocks",
+            "$svd gram reads it in row blocks",
         )
     needed = READING_BYTES + gram_bytes(shape, allowance, in_place=True)
     top = allowance.top or min(64, small)

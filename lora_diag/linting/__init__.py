@@ -11,7 +11,7 @@ from lora_diag.running.options import ADAPTER_DTYPE, INPUTS, RANK, STEPS, Option
 class LintOptions(VerdictOutputs, total=False):
     """Options of ``lint``: they replace what CONFIG says, or stand for it."""
 
-    method: Annotated[
+    finetuning_type: Annotated[
         str | None, Option(None, "Train LoRA or all weights.", "lora|full", panel=INPUTS)
     ]
     lr: Annotated[
@@ -33,7 +33,7 @@ class LintOptions(VerdictOutputs, total=False):
     gpu_memory: Annotated[
         str | None, Option(None, "Memory of the GPU, e.g. 24GB.", "SIZE", panel=INPUTS)
     ]
-    servers: Annotated[
+    consumers: Annotated[
         Sequence[str], Option((), "Programs that must serve the adapter.", "NAME,...", panel=INPUTS)
     ]
     fail_on: Annotated[str, Option("error", "Least severity that fails.", "error|warning|note")]
@@ -54,7 +54,7 @@ FEATURE = Feature(
             "or above, 1 findings, 3 unreadable.",
             examples=(
                 "lint base/ train.yaml",
-                "lint base/ --method full --lr 1e-6 --dtype bfloat16",
+                "lint base/ --finetuning-type full --lr 1e-6 --dtype bfloat16",
             ),
             arguments=(
                 Argument(

@@ -86,7 +86,7 @@ class Settings:
         family: The trainer: ``peft``, ``axolotl``, ``llamafactory``, ``trl``, ``torchtune``;
             ``options`` without a configuration; ``adapter`` for an adapter without one.
         peft: LoRA settings, with the keys of ``adapter_config.json``.
-        method: ``lora`` or ``full``, or another one's name; None if it is not given.
+        finetuning_type: ``lora`` or ``full``, or another one's name; None if it is not given.
         lr: Peak learning rate.
         optimizer: A name of ``name_optimizer``; None if it is not given.
         beta2: Adam's β₂.
@@ -101,7 +101,7 @@ class Settings:
     path: Path
     family: str
     peft: Config
-    method: str | None = None
+    finetuning_type: str | None = None
     lr: float | None = None
     optimizer: str | None = None
     beta2: float | None = None
@@ -144,7 +144,7 @@ def read_settings(path: Path) -> Settings:
         for reader, keys in READERS.values():
             if keys & values.table.keys():
                 return reader(values)
-        fix = f"give one of {', '.join(READERS)}, or options such as $lr and $method"
+        fix = f"give one of {', '.join(READERS)}, or options such as $lr and $finetuning_type"
         raise damaged(path, "is not a training configuration that is known", fix)
     settings = _read_peft(Values.read(path / CONFIG))
     if not (path / TRAINING_ARGS).is_file():
@@ -204,7 +204,7 @@ def _read_peft(values: Values) -> Settings:
     _read_lora(values, {key: key for key in _LORA_TYPES})
     settings = _read_common("peft", Values(values.path, {}), values.table)
     method = (values.text("peft_type") or "").lower() or None
-    return replace(settings, method=method, dtype="float32", keys={})
+    return replace(settings, finetuning_type=method, dtype="float32", keys={})
 
 
 def _read_lora(values: Values, names: Mapping[str, str]) -> dict[str, Any]:
@@ -250,7 +250,9 @@ def _read_axolotl(values: Values) -> Settings:
     else:
         stays_half = not values.has("fsdp", "fsdp_config", "deepspeed")
     dtype = half if half and stays_half else "float32"
-    return replace(settings, method=method, dtype=dtype, keys={**settings.keys, "dtype": key})
+    return replace(
+        settings, finetuning_type=method, dtype=dtype, keys={**settings.keys, "dtype": key}
+    )
 
 
 def _read_llamafactory(values: Values) -> Settings:
@@ -260,7 +262,7 @@ def _read_llamafactory(values: Values) -> Settings:
     given = settings.peft.values
     peft = Config(values.path, {"lora_alpha": 2 * given["r"], **given})
     keys = {**settings.keys, "dtype": "pure_bf16"}
-    return replace(settings, peft=peft, method=method, dtype=dtype, keys=keys)
+    return replace(settings, peft=peft, finetuning_type=method, dtype=dtype, keys=keys)
 
 
 def _read_trl(values: Values) -> Settings:
@@ -273,7 +275,9 @@ def _read_trl(values: Values) -> Settings:
     if method == "lora":
         dtype = "bfloat16" if settings.quantized else "float32"
     dtype = _DTYPES.get(str(dtype), dtype)
-    return replace(settings, method=method, dtype=dtype, keys={**settings.keys, "dtype": key})
+    return replace(
+        settings, finetuning_type=method, dtype=dtype, keys={**settings.keys, "dtype": key}
+    )
 
 
 def _read_torchtune(values: Values) -> Settings:
@@ -296,7 +300,7 @@ def _read_torchtune(values: Values) -> Settings:
     dtype = _DTYPES.get(str(dtype), dtype)
     method = "lora" if peft["r"] else "full"
     keys = {**settings.keys, **names}
-    return replace(settings, method=method, dtype=dtype, quantized=quantized, keys=keys)
+    return replace(settings, finetuning_type=method, dtype=dtype, quantized=quantized, keys=keys)
 
 
 # The readers by trainer, with keys of which each configuration has one; the first that fits is

@@ -59,7 +59,7 @@ LONG_PATH = 1e-2
 SIXTEEN_BITS = ("bfloat16", "float16")
 # Optimizers whose steps have about the size of the learning rate in every entry.
 UNIT_STEPS = ("adam", "lion", "adopt")
-# Tasks for which a head is added to BASE, and the programs that are checked without --servers.
+# Tasks for which a head is added to BASE, and the programs that are checked without --consumers.
 TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 SERVERS = ("vllm", "sglang", "llamacpp")
 
@@ -87,7 +87,7 @@ class Facts:
             without one.
         tokens: Predicted tokens of the training data.
         gpu_memory: Bytes of the GPU.
-        servers: Names of programs that will serve the adapter; empty for the usual ones.
+        consumers: Names of programs that will serve the adapter; empty for the usual ones.
     """
 
     settings: Settings
@@ -97,7 +97,7 @@ class Facts:
     mismatch: str | None = None
     tokens: int | None = None
     gpu_memory: int | None = None
-    servers: Sequence[str] = ()
+    consumers: Sequence[str] = ()
 
     @property
     def peft(self) -> Config:
@@ -190,7 +190,7 @@ class Facts:
     @property
     def params(self) -> int | None:
         """Number of trained parameters, without those of ``modules_to_save``."""
-        if self.settings.method == "full" and self.base is not None:
+        if self.settings.finetuning_type == "full" and self.base is not None:
             return sum(self.base[name].numel for name in self.base)
         if not self.targeted or not self.scaling:
             return None
@@ -341,7 +341,9 @@ def check_fp16(dtype: str) -> Iterator[Problem]:
 def check_quantized(settings: Settings) -> Iterator[Problem]:
     """Find full fine-tuning of a quantized model."""
     if settings.quantized:
-        yield Problem("method", "all weights are to be trained, and BASE is loaded in 4 or 8 bits")
+        yield Problem(
+            "finetuning_type", "all weights are to be trained, and BASE is loaded in 4 or 8 bits"
+        )
 
 
 @rule("pattern-invalid", "error", "lora")
@@ -522,7 +524,7 @@ def check_memory(
     optimizer = named if named in STATE else "sgd"
     training = TrainingMemory(optimizer, dtype if dtype in BYTES else "bfloat16")
     trained = math.ceil(params * training.bytes_per_param)
-    entries = 0 if settings.method == "full" else sum(base[name].numel for name in base)
+    entries = 0 if settings.finetuning_type == "full" else sum(base[name].numel for name in base)
     frozen = entries // 2 if settings.quantized else 2 * entries
     if trained + frozen > gpu_memory:
         text = (
@@ -540,17 +542,17 @@ def check_length(base: Checkpoint, settings: Settings) -> Iterator[Problem]:
 
 
 @rule("server", "note", "lora")
-def check_servers(contents: Contents, servers: Sequence[str]) -> Iterator[Problem]:
+def check_servers(contents: Contents, consumers: Sequence[str]) -> Iterator[Problem]:
     """Find servers that refuse the adapter, skip a part of it, or scale it otherwise: an error for
-    ``--servers``.
+    ``--consumers``.
     """
-    names = servers or [name for name in SERVERS if contents.form in CONSUMERS[name].forms]
+    names = consumers or [name for name in SERVERS if contents.form in CONSUMERS[name].forms]
     for name in names:
         consumer = CONSUMERS[name]
         fault = _describe_service(consumer, contents)
         if fault:
             text = f"{consumer.title} {consumer.newest} {fault}"
-            yield Problem("server", text, "error" if servers else None)
+            yield Problem("server", text, "error" if consumers else None)
             continue
         rank = consumer.find_rank_to_set(contents)
         if rank:

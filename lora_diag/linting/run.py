@@ -13,7 +13,7 @@ from lora_diag.adapters.source import ADAPTER_WEIGHTS, CONFIG, Config, open_sour
 from lora_diag.cli.output import append_step_summary
 from lora_diag.decisions.plan.measure import open_headers
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
-from lora_diag.errors import Given, InputError, NothingComparedError, UsageError, shorten
+from lora_diag.errors import Given, InputError, NothingComparedError, UsageError, flag, shorten
 from lora_diag.explanations.terms import remedy_of
 from lora_diag.files import JUNIT, RESULTS, check_outputs, write_whole
 from lora_diag.linting import LintOptions
@@ -57,7 +57,7 @@ def lint(
             Or the configuration alone.
         config: An adapter's folder, ``adapter_config.json``, a configuration of a trainer, or
             ``training_args.bin``.
-        method: ``lora`` or ``full``.
+        finetuning_type: ``lora`` or ``full``.
         lr: Peak learning rate.
         rank: Rank of the adapter.
         alpha: ``lora_alpha``.
@@ -66,7 +66,7 @@ def lint(
         steps: Number of steps.
         tokens: Predicted tokens of the training data, such as ``"2M"``.
         gpu_memory: Memory of the GPU, such as ``"24GB"``.
-        servers: Programs that will serve the adapter; their findings are then errors.
+        consumers: Programs that will serve the adapter; their findings are then errors.
         fail_on: Least severity of a finding that fails.
         output: Results file to write.
         junit: JUnit report to write.
@@ -89,10 +89,10 @@ def lint(
         []
     """
     options = fill_options(LintOptions, options)
-    unknown = [name for name in options["servers"] if name not in CONSUMERS]
+    unknown = [name for name in options["consumers"] if name not in CONSUMERS]
     if unknown:
         raise UsageError(
-            Given("servers", unknown[0]), "unknown program", f"give one of {', '.join(CONSUMERS)}"
+            Given("consumers", unknown[0]), "unknown program", f"give one of {', '.join(CONSUMERS)}"
         )
     tokens, memory = options["tokens"], options["gpu_memory"]
     token_count = None if tokens is None else read_count(str(tokens), "tokens")
@@ -110,7 +110,7 @@ def lint(
         checkpoint,
         tokens=token_count,
         gpu_memory=memory_bytes,
-        servers=options["servers"],
+        consumers=options["consumers"],
     )
     if source is not None and _holds_adapter(source):
         facts = _open_saved(source, facts)
@@ -131,7 +131,7 @@ def lint(
         command="lint", version=__version__, inputs=tuple(inputs), settings=own, made=timestamp()
     )
     end = End(layers=0, left_out=0, fro=None, base_fro=None)
-    shares = facts.steps[1] if settings.method == "full" and facts.steps else []
+    shares = facts.steps[1] if settings.finetuning_type == "full" and facts.steps else []
     results = Results[Any](run, (), (), end, (*findings, *shares))
     if output is not None:
         write_results(results, output, overwrite)
@@ -188,7 +188,7 @@ def _read_settings(source: Input) -> Settings:
     """Return the settings of a configuration; an adapter without one says only that it is one."""
     if _is_without_config(source):
         empty = Config(Path("options"), {})
-        return Settings(source.files, "adapter", empty, method="lora")
+        return Settings(source.files, "adapter", empty, finetuning_type="lora")
     return read_settings(source.files)
 
 
@@ -201,9 +201,9 @@ def _apply_options(settings: Settings, options: LintOptions) -> Settings:
     lora: dict[str, Any] = {}
     flags: dict[str, str] = {}
     for name, value in given.items():
-        if name in ("method", "lr", "dtype", "steps", "optimizer"):
+        if name in ("finetuning_type", "lr", "dtype", "steps", "optimizer"):
             own[name] = value
-            flags[name] = f"--{name}"
+            flags[name] = flag(name)
         elif name in _LORA_KEYS:
             key = _LORA_KEYS[name]
             lora[key] = value
@@ -222,7 +222,7 @@ def _open_saved(source: Input, facts: Facts) -> Facts:
         return replace(facts, pairing=pair_update(facts.base, facts.adapter)[0])
     except (InputError, NothingComparedError) as error:
         open_source(source)  # raises if the files are unreadable, and not only unlike the config
-        if facts.adapter is None and facts.settings.method != "lora":
+        if facts.adapter is None and facts.settings.finetuning_type != "lora":
             raise
         return replace(facts, mismatch=str(error))
 
@@ -231,15 +231,15 @@ def _judge(facts: Facts) -> tuple[list[LintFinding], list[str], dict[str, str]]:
     """Return the findings, the rules that were judged, and what to give for those that were not."""
     findings, judged, missing = list[LintFinding](), list[str](), dict[str, str]()
     for name, rule in RULES.items():
-        if rule.method and facts.settings.method not in {rule.method, None}:
+        if rule.method and facts.settings.finetuning_type not in {rule.method, None}:
             continue
         known = {need: getattr(facts, need) for need in signature(rule.check).parameters}
         lacking = next((need for need, value in known.items() if value is None), None)
         if lacking is not None:
             missing[name] = MISSING.get(lacking, f"--{lacking}".replace("_", "-"))
             continue
-        if rule.method and facts.settings.method is None:
-            missing[name] = "--method"
+        if rule.method and facts.settings.finetuning_type is None:
+            missing[name] = "--finetuning-type"
             continue
         judged.append(name)
         fix, source = remedy_of(name)

@@ -21,7 +21,13 @@ from lora_diag.running.amounts import read_bytes
 from lora_diag.running.engines import MachineLayout, Ray, layout_for, run_local, run_ray
 from lora_diag.running.engines.schedule import Sized
 from lora_diag.running.inputs import Comparison, compare
-from lora_diag.running.options import G, fill_options, list_own_settings, stated_alpha
+from lora_diag.running.options import (
+    G,
+    fill_options,
+    list_own_settings,
+    rename_settings,
+    stated_alpha,
+)
 from lora_diag.running.progress import Progress, ProgressReporter, RunRecords
 from lora_diag.storage import Checkpoint
 from lora_diag.version import __version__
@@ -108,7 +114,7 @@ def check_ranks(ranks: Sequence[int], minimum: int = 1) -> tuple[int, ...]:
 S = TypeVar("S", bound=Any)
 
 # Common settings in a run record, in this order, after a command's own.
-RECORDED = ("layers", "exclude", "method", "tol", "device", "seed")
+RECORDED = ("layers", "exclude", "svd", "tol", "device", "seed")
 
 
 def entry_bytes(task: Sized, settings: Any) -> int:
@@ -141,6 +147,7 @@ class LayerRun(Generic[G]):
         self.options = fill_options(group, options)
         self.values = {"engine": None, "verify": False, **cast(dict[str, Any], self.options)}
         self.own = list_own_settings(group, self.values)
+        self._rename = partial(rename_settings, group)
         self._torch = True
         self._apart = False
         self._usual_workers: int | None = None
@@ -238,9 +245,9 @@ class LayerRun(Generic[G]):
         """Return the settings of a diagnostic: its own, and the options common to all
         diagnostics.
         """
-        common = {
-            name: self.values[name] for name in ("method", "tol", "seed") if name in self.values
-        }
+        common = {name: self.values[name] for name in ("tol", "seed") if name in self.values}
+        if "svd" in self.values:
+            common["method"] = self.values["svd"]
         return kind(
             **common, device=self.where.tasks if self.values["engine"] else self._device, **own
         )
@@ -300,7 +307,7 @@ class LayerRun(Generic[G]):
         layout = self.layout(tasks)
         settings = replace(settings, memory=layout.limit)
         with ResultsWriter[L](
-            options["output"], run, options["resume"], options["overwrite"]
+            options["output"], run, options["resume"], options["overwrite"], rename=self._rename
         ) as writer:
             records = RunRecords(
                 writer, ProgressReporter(options["on_progress"], options["on_record"])

@@ -292,7 +292,10 @@ class Device(TypedDict, total=False):
 class Method(Device, total=False):
     """Computation of singular values."""
 
-    method: Annotated[str, Option("auto", "Method for singular values.", "auto|exact|gram|krylov")]
+    svd: Annotated[
+        str,
+        Option("auto", "Method for singular values.", "auto|exact|gram|krylov", former="method"),
+    ]
     seed: Annotated[int, SEED]
 
 

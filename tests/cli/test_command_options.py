@@ -25,16 +25,15 @@ SAMPLES = ROOT / "sample_checkpoints"
 DIFFERENT = {
     "--output": "each command names what it writes",
     "--format": "figures and reports have other formats",
-    "--method": "merge has methods of merging, the others compute singular values",
     "--density": "interference has one default, and 0; merge has one by method",
+    "--consumers": "portability has rules by version, lint only the newest",
     "--eval": "merge gives a text to the update that it tests",
     "--scales": "probe strength has strengths of an update, merge factors of the merge",
-    "--scale": "plan-merge has scales of fp8, merge a factor of the merge",
     "--directions": "intruders tests each, checkpoints compares their spaces",
     "--by": "a probe has the units that it can change alone",
     "--top": "plan estimates its cost",
     **dict.fromkeys(
-        ("--alpha", "--dtype", "--lr", "--method", "--optimizer", "--steps", "--tokens"),
+        ("--alpha", "--dtype", "--lr", "--optimizer", "--steps", "--tokens"),
         "lint takes what a configuration says of one run",
     ),
     "--to": "a format to merge into, or a service to send a report to",

@@ -19,9 +19,9 @@ ERRORS = {
     (): [("--nope", "see loradiag --help"), ("magic", "magic")],
     ("spectrum", BASE, TUNED): [
         *((f"{words} -o r.jsonl", words.split()[0]) for words in (
-            "--ranks 4,x", "--ranks 0", "--top 0", "--top many", "--method magic", "--device tpu", "--layers (",
+            "--ranks 4,x", "--ranks 0", "--top 0", "--top many", "--svd magic", "--device tpu", "--layers (",
             "--exclude [", "--by planet", "--nope", "--rnak 4", f"--seed {'9' * 23} --top 4 "
-                                                                 "--method krylov",
+                                                                 "--svd krylov",
         )),
         ("--ranks= -o r.jsonl", "--ranks"), ("--resume", "--resume"), ("--ranks", "--ranks"),
         ("c", "unexpected extra argument"), (f"--gradients {GRADIENTS}", "BASE alone"),

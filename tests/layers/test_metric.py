@@ -68,7 +68,7 @@ def test_energies_equal_update_times_root_of_c(pair_of_models, tmp_path, method)
     stored = as_stored(file)
     d = as_numpy(after[UP] - before[UP])  # float32, as it is subtracted
     right, left = oracles.square_root(stored[UP]), oracles.square_root(stored[PREFIX + UP])
-    options = {"activations": file, "ranks": (1, 3, 8), "method": method, "layers": "mlp"}
+    options = {"activations": file, "ranks": (1, 3, 8), "svd": method, "layers": "mlp"}
     result = lora_diag.spectrum(base, tuned, **options)
     assert result[UP].metric == "data"
     check(result[UP], d, as_numpy(before[UP]), np.eye(16), right)

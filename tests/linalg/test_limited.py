@@ -189,7 +189,7 @@ def test_oversized_layer_is_reported_before_reading():
         match=r"all values take 6\d\d MB; give 32\d MB more .*, or --top 64 \(\d\d\d MB",
     ):
         decompose_streamed(unread, Allowance(300 * 10**6), 1.0)
-    with pytest.raises(MemoryLimitError, match=r"exact takes .* --method gram"):
+    with pytest.raises(MemoryLimitError, match=r"exact takes .* --svd gram"):
         decompose_streamed(unread, Allowance(PLENTY, "exact"), 1.0)
     with pytest.raises(
         MemoryLimitError, match=r"at least \d+ MB; give \d+ MB more .*, or fewer values"

@@ -37,8 +37,11 @@ def test_exit_code_follows_severity(run, inputs):
         swapped = run("lint", *words)
         assert swapped.code == 2
         assert_names(swapped.err, words[0], "the order is", "[BASE] CONFIG")
-    assert run("lint", "base", "bad.yaml", "--servers", "nginx").code == 2
-    assert run("lint", "base", "--method", "full", "--lr", "1e-6", "--dtype", "bfloat16").code == 1
+    assert run("lint", "base", "bad.yaml", "--consumers", "nginx").code == 2
+    assert (
+        run("lint", "base", "--finetuning-type", "full", "--lr", "1e-6", "--dtype", "bfloat16").code
+        == 1
+    )
 
 
 def test_first_line_is_decision_then_evidence(loradiag, inputs):

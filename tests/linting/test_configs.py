@@ -65,9 +65,14 @@ def read(folder, values, name="c.yaml"):
 def test_recipe_is_read_as_its_trainer_does(name, tmp_path):
     found = read(tmp_path, RECIPES[name])
     factors = [found.peft.values.get(key) for key in ("r", "lora_alpha", "target_modules")]
-    assert (found.family, found.method, found.lr, found.dtype, found.optimizer, *factors) == SAID[
-        name
-    ]
+    assert (
+        found.family,
+        found.finetuning_type,
+        found.lr,
+        found.dtype,
+        found.optimizer,
+        *factors,
+    ) == SAID[name]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tests.linting.making import MODULES, PEFT, make_adapter, make_base, write_c
 from tests.linting.recipes import RECIPES
 from tests.messages import assert_names
 
-BF16 = {"method": "full", "dtype": "bfloat16"}
+BF16 = {"finetuning_type": "full", "dtype": "bfloat16"}
 AXOLOTL = {"base_model": "x", "learning_rate": 1e-2, "bf16": True}
 
 # Rule -> the case that triggers it, the one next to it, and what the evidence names. A case is a
@@ -131,8 +131,8 @@ CASES = {
         ["4096", "2048"],
     ),
     "server": (
-        {"config": {**PEFT, "use_dora": True}, "servers": ["vllm"]},
-        {"config": PEFT, "servers": ["vllm"]},
+        {"config": {**PEFT, "use_dora": True}, "consumers": ["vllm"]},
+        {"config": PEFT, "consumers": ["vllm"]},
         ["vLLM", "DoRA"],
     ),
     "merge-storage": ({"saved": {"size": 1e-5}}, {"saved": {"size": 1e-2}}, ["bfloat16", "‖ΔW‖"]),

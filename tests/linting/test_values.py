@@ -177,9 +177,9 @@ def test_value_left_open_is_not_known(read, value):
 
 
 def test_method_of_reference_is_not_known(read):
-    assert read("base_model: x\nadapter: ${ADAPTER}\n").method is None
-    assert read("base_model: x\nadapter: ''\n").method == "full"
-    assert read("finetuning_type: ${TYPE}\n").method is None
+    assert read("base_model: x\nadapter: ${ADAPTER}\n").finetuning_type is None
+    assert read("base_model: x\nadapter: ''\n").finetuning_type == "full"
+    assert read("finetuning_type: ${TYPE}\n").finetuning_type is None
 
 
 @pytest.mark.parametrize(

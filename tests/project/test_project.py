@@ -109,7 +109,7 @@ def test_steps_of_ci_ignore_project_files():
         ("[defaults]\nbatch = 0\n", ("batch", "at least 1")),
         ("[defaults]\nlayers = true\n", ("layers", "single value")),
         ("[defaults]\nranks = [[1]]\n", ("ranks", "list")),
-        ('[defaults]\nmethod = "gram"\n', ("method", "merge")),
+        ('[defaults]\nby = "type"\n', ("by", "probe strength")),
         ('[defaults]\nshifted = "@other"\n', ("@other", "add it")),
         ("[names]\nbase = 3\n", ("names.base", "path")),
         ('[names]\n"a b" = "x"\n', ("a b", "path")),

@@ -87,6 +87,16 @@ def test_resume_of_finished_or_absent_run(results, path, models, tmp_path):
     assert lora_diag.spectrum(*models, output=tmp_path / "new.jsonl", resume=True) == results
 
 
+def test_resume_knows_former_names_of_settings(results, path, models):
+    """``svd`` was ``method`` in settings; records have a ``method``, too."""
+    first, *lines = path.read_text().splitlines(keepends=True)
+    path.write_text(first.replace('"svd":', '"method":') + "".join(lines[:4]))
+    assert read_results(path).run.settings == results.run.settings
+    resumed = lora_diag.spectrum(*models, output=path, resume=True)
+    assert resumed.run.settings == results.run.settings
+    assert list(resumed) == list(results)
+
+
 def test_resume_refuses_other_settings_and_inputs(path, models):
     with pytest.raises(UsageError, match=r"settings \(top\)"):
         lora_diag.spectrum(*models, output=path, resume=True, top=3)

@@ -26,7 +26,7 @@ def test_payload_pools_main_columns():
     assert payload.scalars["spectrum/energy.16"] == pytest.approx(middle)
     assert payload.tables["spectrum"] == results.columns()
     assert any(name.startswith("probe_sweep/") for name in payload.scalars)
-    assert payload.config["spectrum"]["settings.method"] == results.run.settings["method"]
+    assert payload.config["spectrum"]["settings.svd"] == results.run.settings["svd"]
     assert all(png.startswith(b"\x89PNG") for png in payload.figures.values())
     assert {"energy", "sweep"} <= payload.figures.keys()
 

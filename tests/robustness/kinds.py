@@ -255,7 +255,7 @@ OPTIONS = (
         "--ranks",
         "--top",
         "--tol",
-        "--method",
+        "--svd",
         "--seed",
         "--rank",
         "--energy",

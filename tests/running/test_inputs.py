@@ -219,8 +219,8 @@ def test_non_utf8_names_are_refused(tmp_path):
 def test_invalid_seeds_are_refused(tmp_path, seed):
     model = save_model(tmp_path / "m", weights(1))
     with pytest.raises(UsageError, match="seed"):
-        lora_diag.spectrum(model, model, top=4, method="krylov", seed=seed)
-    assert len(lora_diag.spectrum(model, model, top=4, method="krylov", seed=2**63 - 1))
+        lora_diag.spectrum(model, model, top=4, svd="krylov", seed=seed)
+    assert len(lora_diag.spectrum(model, model, top=4, svd="krylov", seed=2**63 - 1))
 
 
 def test_resume_detects_other_adapter_config(tmp_path):

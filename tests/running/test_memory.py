@@ -86,11 +86,11 @@ def test_memory_stays_within_limit(small, tmp_path, case):
 
 
 def test_unstreamable_layer_is_left_out_and_rest_measured(small):
-    result = lora_diag.spectrum(BASE, TUNED, layers=LAYERS, memory="1MB", workers=1, method="exact")
+    result = lora_diag.spectrum(BASE, TUNED, layers=LAYERS, memory="1MB", workers=1, svd="exact")
     assert len(result) == 0
     assert {item.reason for item in result.unmeasured} == {"memory"}
     assert all(
-        mentions(item.detail, "--method", "blocks") and item.fro > 0 for item in result.unmeasured
+        mentions(item.detail, "--svd", "blocks") and item.fro > 0 for item in result.unmeasured
     )
 
 

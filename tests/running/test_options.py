@@ -17,8 +17,8 @@ from tests.messages import assert_names
 ABSENT = {
     "overlap": {"tol"},
     "subspaces": {"tol", "output", "memory", "engine"},
-    "verify_merge": {"tol", "method", "seed", "device"},
-    "fleet": {"memory", "tol", "method", "seed", "allow_unmatched"},
+    "verify_merge": {"tol", "svd", "seed", "device"},
+    "fleet": {"memory", "tol", "svd", "seed", "allow_unmatched"},
 }
 
 

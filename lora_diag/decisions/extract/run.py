@@ -152,7 +152,7 @@ def extract(
     rate = None if options["sweep"] is None else swept_rate(options["sweep"])
     common = select_options(FolderOptions, options)
     run = LayerRun("extract", {**common, "output": folder.records}, LayerOptions)
-    check_request(options["method"], 1, options["tol"])
+    check_request(options["svd"], 1, options["tol"])
     compared = run.compare(base, tuned)
     if options["recover"]:
         refuse_without_rounding(compared)
@@ -273,7 +273,7 @@ def _measure_spectra(
     shared: dict[str, Any] = {
         name: value
         for name, value in select_options(FolderOptions, options).items()
-        if name not in {"method", "tol", "on_record"}
+        if name not in {"svd", "tol", "on_record"}
     }
     shared |= {"output": folder.spectra, "resume": folder.spectra.exists()}
     return spectrum(

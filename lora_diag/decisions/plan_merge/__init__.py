@@ -23,9 +23,14 @@ class PlanMergeOptions(RunOptions, total=False):
     group_size: Annotated[
         int | None, Option(None, "Inputs that share a scale of int4; default: 128.", "N")
     ]
-    scale: Annotated[
+    fp8_scale: Annotated[
         str | None,
-        Option(None, "Scales of fp8: one per row (default) or one per tensor.", "row|tensor"),
+        Option(
+            None,
+            "Scales of fp8: one per row (default) or one per tensor.",
+            "row|tensor",
+            former="scale",
+        ),
     ]
 
 

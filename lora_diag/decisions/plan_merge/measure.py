@@ -417,7 +417,7 @@ def plan_merge(
         to: Format of the merged weights: ``bf16``, ``fp16``, ``fp8`` (e4m3), ``mxfp4``, ``nvfp4``,
             ``int4``, or one of GGUF, ``q8_0``, ``q5_0``, ``q5_1``, ``q4_0`` or ``q4_1``.
         group_size: Number of inputs that share a scale of ``int4``; default 128.
-        scale: Scales of ``fp8``: ``row`` for one per output (default), ``tensor`` for one per
+        fp8_scale: Scales of ``fp8``: ``row`` for one per output (default), ``tensor`` for one per
             matrix.
         **options: ``PlanMergeOptions``.
 
@@ -448,7 +448,7 @@ def plan_merge(
         )
     run = LayerRun("plan-merge", options, PlanMergeOptions)
     options = run.options
-    target = _make_target(options["to"], options["group_size"], options["scale"])
+    target = _make_target(options["to"], options["group_size"], options["fp8_scale"])
     refused = (
         Checkpoint,
         "not an adapter; the order is: loradiag plan-merge BASE ADAPTER --to FORMAT",
@@ -477,7 +477,7 @@ def _make_target(to: str, group_size: int | None, scale: str | None) -> StorageT
     if group_size is not None and to != "int4":
         raise UsageError(Given("group_size"), "applies to int4 only", f"remove it with $to {to}")
     if scale is not None and to != "fp8":
-        raise UsageError(Given("scale"), "applies to fp8 only", f"remove it with $to {to}")
+        raise UsageError(Given("fp8_scale"), "applies to fp8 only", f"remove it with $to {to}")
     if group_size is not None and group_size < 1:
         raise UsageError(Given("group_size", group_size), "must be a positive integer")
     return StorageTarget(to, group_size or GROUPS.get(to, 0), scale == "tensor")

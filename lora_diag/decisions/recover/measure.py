@@ -462,7 +462,7 @@ def recover(
         check_results_file(Path(output), options["resume"], options["overwrite"])
     common = select_options(FolderOptions, options)
     run = LayerRun("recover", {**common, **records_file}, LayerOptions)
-    method, tol = options["method"], options["tol"]
+    method, tol = options["svd"], options["tol"]
     check_request(method, None if method != "krylov" else 1, tol)
     refused = (Adapter, "is an adapter, whose factors are the update; nothing is rounded away")
     compared = run.compare(base, tuned, refuse=refused)

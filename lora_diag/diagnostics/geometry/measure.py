@@ -309,7 +309,7 @@ def geometry(
     """
     run = LayerRun("geometry", options, GeometryOptions)
     options = run.options
-    check_request(options["method"], options["top"], options["tol"])
+    check_request(options["svd"], options["top"], options["tol"])
     settings = run.settings(
         GeometrySettings,
         k=options["top"],

@@ -226,7 +226,7 @@ def intruders(
     run = LayerRun("intruders", options, IntruderOptions)
     options = run.options
     k, epsilon, window = options["directions"], options["epsilon"], options["window"]
-    check_request(options["method"], k, options["tol"])
+    check_request(options["svd"], k, options["tol"])
     if not 0 < epsilon < 1:
         raise UsageError(Given("epsilon", epsilon), "must lie between 0 and 1")
     if not 0 <= window < 1:

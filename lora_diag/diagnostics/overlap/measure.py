@@ -344,7 +344,7 @@ def overlap(
         Pairing(compared.pairing.deltas, (*compared.pairing.unpaired, *unpaired)),
         (*compared.inputs, describe_steps(gradients, steps, run.options["verify"])),
         {"ranks": list(settings.ranks), "steps": [step.step for step in steps]},
-        recorded=("layers", "exclude", "method", "device", "seed"),
+        recorded=("layers", "exclude", "svd", "device", "seed"),
         rest=_find_rest,
     )
 
@@ -403,7 +403,7 @@ def subspaces(
         base=compared.base,
         layers={spaces.layer: spaces for spaces in found if isinstance(spaces, Subspaces)},
         inputs=compared.inputs,
-        settings={"ranks": list(settings.ranks), "method": settings.method, "seed": settings.seed},
+        settings={"ranks": list(settings.ranks), "svd": settings.method, "seed": settings.seed},
         left_out=tuple(record for record in found if isinstance(record, LeftOut)),
     )
 

@@ -363,7 +363,7 @@ def residual(
     run = LayerRun("residual", options, ResidualOptions)
     reference, activations = run.options["reference"], run.options["activations"]
     recover = run.options["recover"]
-    check_request(run.options["method"], 1, run.options["tol"])
+    check_request(run.options["svd"], 1, run.options["tol"])
     others: list[tuple[Path | str, Role]] = [(path, "adapter") for path in adapters]
     if reference is not None:
         others.append((reference, "reference"))

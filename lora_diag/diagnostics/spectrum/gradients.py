@@ -194,7 +194,7 @@ def gradient_spectrum(
     """
     if settings.method not in {"auto", "gram"}:
         raise UsageError(
-            Given("method", settings.method),
+            Given("svd", settings.method),
             "gradients are summed up as Gram matrices",
             "use auto or gram",
         )

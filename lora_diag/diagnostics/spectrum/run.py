@@ -121,7 +121,7 @@ def spectrum(
             **({"recover": True} if recover else {}),
             "top": top,
         },
-        recorded=("layers", "exclude", "method", "top", "tol", "device", "seed"),
+        recorded=("layers", "exclude", "svd", "top", "tol", "device", "seed"),
     )
 
 

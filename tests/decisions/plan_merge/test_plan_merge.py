@@ -218,7 +218,7 @@ def write(folder, w, b, a):
 
 def options(target):
     given = {"group_size": target.group} if target.name == "int4" else {}
-    return {"to": target.name, **given, **({"scale": "tensor"} if target.per_tensor else {})}
+    return {"to": target.name, **given, **({"fp8_scale": "tensor"} if target.per_tensor else {})}
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -443,7 +443,7 @@ def test_command_refuses_bad_input(loradiag, tmp_path):
     with pytest.raises(UsageError, match="group_size"):
         lora_diag.plan_merge(BASE, R4, to="fp8", group_size=32)
     with pytest.raises(UsageError, match="scale"):
-        lora_diag.plan_merge(BASE, R4, to="int4", scale="row")
+        lora_diag.plan_merge(BASE, R4, to="int4", fp8_scale="row")
 
 
 def test_overflow_and_non_finite_entries_are_reported(tmp_path):

@@ -133,8 +133,8 @@ def test_invalid_requests_are_refused(tmp_path):
         lora_diag.spectrum(base, base, gradients=[path])
     with raises_naming(UsageError, "give", "BASE", "TUNED"):
         lora_diag.spectrum()
-    with pytest.raises(UsageError, match="method='exact'"):
-        lora_diag.spectrum(gradients=[path], method="exact")
+    with pytest.raises(UsageError, match="svd='exact'"):
+        lora_diag.spectrum(gradients=[path], svd="exact")
     with pytest.raises(NothingComparedError):
         lora_diag.spectrum(base, gradients=[path], layers="nowhere")
     with pytest.raises(InputError, match="no training step is known"):

@@ -70,7 +70,7 @@ def check(record, base: np.ndarray, tuned: np.ndarray) -> None:
 PAIRS = [(before, after, {}) for before in DTYPES for after in DTYPES]
 PAIRS += [
     (before, after, options)
-    for options in ({"method": "gram"}, {"method": "exact"}, {"top": 5})
+    for options in ({"svd": "gram"}, {"svd": "exact"}, {"top": 5})
     for before, after in (
         (torch.float64, torch.bfloat16),
         (torch.float16, torch.float32),
@@ -107,7 +107,7 @@ def test_records_of_every_dtype_and_method(tmp_path, before, after, options):
 def test_tail_errors_bound_distance_to_numpy(tmp_path, method):
     d = oracles.with_spectrum(1 / np.arange(1, 257) ** 0.8, 256, 256, seed=3)
     (record,) = lora_diag.spectrum(
-        *pair(tmp_path, np.zeros((256, 256)), d), method=method, top=8, tol=0.05, ranks=(1, 4, 7, 8)
+        *pair(tmp_path, np.zeros((256, 256)), d), svd=method, top=8, tol=0.05, ranks=(1, 4, 7, 8)
     )
     s = np.linalg.svd(d, compute_uv=False)
     seen = 0.0
@@ -183,7 +183,7 @@ def test_bound_holds_for_digits_of_record(tmp_path, method):
     base = np.zeros((60, 48))
     tuned = oracles.with_spectrum(1.0 + np.pi * np.arange(48) / 500, 60, 48, seed=2)
     folders = pair(tmp_path, base, tuned)
-    (record,) = lora_diag.spectrum(*folders, ranks=range(1, 48), method=method)
+    (record,) = lora_diag.spectrum(*folders, ranks=range(1, 48), svd=method)
     s = oracles.spectrum(base, tuned)["s"]
     written = np.cumsum(np.array(record.s) ** 2) / record.fro**2
     errors = [abs(written[r - 1] - oracles.energy_at(s, r)) for r in range(1, 48)]

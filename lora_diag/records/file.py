@@ -28,6 +28,7 @@ from pydantic import ValidationError
 
 from lora_diag import files
 from lora_diag.errors import InputError, UsageError, damaged
+from lora_diag.feature import load
 from lora_diag.files import RESULTS, check_folder_of, check_output
 from lora_diag.records.base import KINDS, SCHEMA, LayerRecord, WholeRecord
 from lora_diag.records.results import L, Results, Seal, to_line
@@ -278,7 +279,6 @@ class ResultsWriter(Generic[L]):
             a function that combines the earlier and the new value; a new value takes the place of
             null. If the result is an extension, the earlier records are copied to ``NAME.part``
             under the new first line, and the file is replaced once the run has ended.
-        rename: Returns the settings of an earlier run by today's names.
 
     If a time limit left out layers, ``earlier`` has no skipped tensors, so that a resumed run
     measures them.
@@ -302,13 +302,11 @@ class ResultsWriter(Generic[L]):
         resume: bool = False,
         overwrite: bool = False,
         extendable: Mapping[str, Callable[[Any, Any], Any]] | None = None,
-        rename: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> None:
         self.path: Path | None = None
         self.run = run.model_copy(update={"made": timestamp()})
         self.earlier: Results[L] = Results(self.run, ())
         self._extendable = extendable or {}
-        self._rename = rename
         self._seal = Seal()
         self._kept = 0
         self._begun = False
@@ -348,9 +346,8 @@ class ResultsWriter(Generic[L]):
         in_part = state == "foreign" or (part_state != "absent" if resume else state == "finished")
         path = part if in_part else self._final
         if resume and (part_state if in_part else state) in {"unfinished", "finished"}:
-            earlier: Results[L] = read_results(path)
-            settings = self._rename(earlier.run.settings)
-            earlier = replace(earlier, run=earlier.run.model_copy(update={"settings": settings}))
+            # Settings are compared by today's names.
+            earlier: Results[L] = load("lora_diag.catalog:read_results")(path)
             extended = self._extend_settings(earlier)
             self.earlier = _drop_partial_layer(_check_same_run(extended, self.run, path))
             self.run = self.earlier.run

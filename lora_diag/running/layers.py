@@ -25,7 +25,6 @@ from lora_diag.running.options import (
     G,
     fill_options,
     list_own_settings,
-    rename_settings,
     stated_alpha,
 )
 from lora_diag.running.progress import Progress, ProgressReporter, RunRecords
@@ -147,7 +146,6 @@ class LayerRun(Generic[G]):
         self.options = fill_options(group, options)
         self.values = {"engine": None, "verify": False, **cast(dict[str, Any], self.options)}
         self.own = list_own_settings(group, self.values)
-        self._rename = partial(rename_settings, group)
         self._torch = True
         self._apart = False
         self._usual_workers: int | None = None
@@ -245,9 +243,8 @@ class LayerRun(Generic[G]):
         """Return the settings of a diagnostic: its own, and the options common to all
         diagnostics.
         """
-        common = {name: self.values[name] for name in ("tol", "seed") if name in self.values}
-        if "svd" in self.values:
-            common["method"] = self.values["svd"]
+        names = {"svd": "method", "tol": "tol", "seed": "seed"}
+        common = {field: self.values[name] for name, field in names.items() if name in self.values}
         return kind(
             **common, device=self.where.tasks if self.values["engine"] else self._device, **own
         )
@@ -307,7 +304,7 @@ class LayerRun(Generic[G]):
         layout = self.layout(tasks)
         settings = replace(settings, memory=layout.limit)
         with ResultsWriter[L](
-            options["output"], run, options["resume"], options["overwrite"], rename=self._rename
+            options["output"], run, options["resume"], options["overwrite"]
         ) as writer:
             records = RunRecords(
                 writer, ProgressReporter(options["on_progress"], options["on_record"])

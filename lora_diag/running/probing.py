@@ -24,7 +24,7 @@ from lora_diag.running.engines import MachineLayout
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, compare, describe
 from lora_diag.running.layers import leave_out
-from lora_diag.running.options import G, fill_options, list_options, rename_settings, stated_alpha
+from lora_diag.running.options import G, fill_options, list_options, stated_alpha
 from lora_diag.running.progress import ProgressReporter, RunRecords
 from lora_diag.storage import Checkpoint, check_exists
 from lora_diag.version import __version__
@@ -74,7 +74,6 @@ class ProbeRun(Generic[G]):
         self.values = cast(dict[str, Any], self.options)
         self._given = {name for name, value in options.items() if value is not None}
         self._declared = list_options(group)
-        self._rename = partial(rename_settings, group)
         self.reduced: dict[str, str] = {}
         self.watch = ProgressReporter(
             self.values.get("on_progress"), self.values.get("on_record"), self.values.get("on_note")
@@ -304,12 +303,7 @@ class ProbeRun(Generic[G]):
             settings={**settings, **self.model_settings, **stated_alpha(options)},
         )
         with ResultsWriter[Any](
-            options["output"],
-            run,
-            options["resume"],
-            options["overwrite"],
-            extendable,
-            self._rename,
+            options["output"], run, options["resume"], options["overwrite"], extendable
         ) as writer:
             kept = RunRecords(writer, self.watch)
             return kept.end(measure_missing(kept)) if kept.finished is None else kept.finished

@@ -80,10 +80,19 @@ def test_defaults_reach_results_unless_typed(run, project, tmp_path):
     assert "length" not in settings
 
 
-@pytest.mark.parametrize("command", ["gate", "lint"])
-def test_judges_take_no_defaults(run, project, command):
-    project(NAMES + '[defaults]\ndtype = "float16"\n')
-    assert "From" not in run(command, "base").err
+def test_gate_does_not_read_the_project_file(run, project):
+    spectra = ROOT / "docs" / "examples" / "spectrum.jsonl"
+    without = run("gate", "--policy", "full-ft-drift", spectra)
+    project("[broken")
+    assert run("gate", "--policy", "full-ft-drift", spectra) == without
+    assert run("spectrum", "base").code == 2
+
+
+def test_lint_takes_no_defaults(run, project, tmp_path):
+    (tmp_path / "train.yaml").write_text("base_model: base\nadapter: lora\nlora_r: 8\n")
+    found = run("lint", "train.yaml")
+    project(NAMES + '[defaults]\ndtype = "float16"\nrank = 1\n')
+    assert run("lint", "train.yaml") == found
 
 
 def test_project_file_is_ignored_in_ci(run, project, tmp_path, monkeypatch):

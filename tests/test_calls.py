@@ -31,6 +31,13 @@ LISTS = [
 ]
 
 
+def test_function_is_found_beside_empty_folder(monkeypatch, tmp_path):
+    """The byte code of a package that was renamed may stay in a clone."""
+    (tmp_path / "spectrum").mkdir()
+    monkeypatch.setattr(lora_diag, "__path__", [*lora_diag.__path__, str(tmp_path)])
+    assert lora_diag.spectrum.__name__ == "spectrum"
+
+
 @pytest.mark.parametrize(("name", "parameter"), LISTS)
 def test_one_word_is_no_list(name, parameter):
     function = getattr(lora_diag, name)

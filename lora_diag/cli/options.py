@@ -214,11 +214,11 @@ def _report_defaults(context: typer.Context, shown: OutputChoice) -> None:
     given = (
         project.defaults.get(context.command_path.removeprefix("loradiag "), {}) if project else {}
     )
-    words = [
-        f"{flag(name)} {value}"
-        for name, value in given.items()
-        if getattr(context.get_parameter_source(name), "name", "") == "DEFAULT_MAP"
-    ]
+    words = list[str]()
+    for name, value in given.items():
+        if getattr(context.get_parameter_source(name), "name", "") == "DEFAULT_MAP":
+            entries = value if isinstance(value, list) else [value]
+            words += [f"{flag(name)} {entry}" for entry in entries]
     if words:
         shown.message(f"From {project.path}: {' '.join(words)}")
 

@@ -25,7 +25,7 @@ from lora_diag.running.options import EXECUTION, INPUTS, OUTPUT, Option, list_op
 FILE = "loradiag.toml"
 
 # Largest file that is read, in bytes.
-MAX_BYTES = 100_000
+MAX_BYTES = 1_000_000
 
 # Commands that take no defaults: what ``gate`` judges by stands on its command line, and ``lint``
 # reads a training configuration.
@@ -72,9 +72,9 @@ def find_project(folder: Path) -> Project | None:
             return _parse(path, _read_toml(path))
         path = place / "pyproject.toml"
         if path.is_file():
-            table = _read_toml(path).get("tool", {}).get("loradiag")
-            if table is not None:
-                return _parse(path, table)
+            tools = _read_toml(path).get("tool")
+            if isinstance(tools, dict) and "loradiag" in tools:
+                return _parse(path, tools["loradiag"])
     return None
 
 

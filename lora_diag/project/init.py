@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lora_diag.adapters.source import CONFIG
 from lora_diag.cli.project import FILE
-from lora_diag.errors import DONE, InputError, LoradiagError, UsageError
+from lora_diag.errors import DONE, InputError, LoradiagError, UsageError, safe
+from lora_diag.files import write_whole
 from lora_diag.linting.configs import read_settings
 from lora_diag.linting.values import Values
 from lora_diag.records import is_results_file
@@ -44,7 +45,7 @@ def run_init(shown: OutputChoice, folder: str | None) -> int:
     if not place.is_dir():
         raise InputError(f"{place}: is not a folder; give the folder of a project")
     path = place / FILE
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise UsageError(f"{path}: exists; edit it, or remove it first")
     by_value = {(found.name, found.value): found for found in reversed(list(_find_names(place)))}
     names = list(reversed(by_value.values()))
@@ -54,8 +55,7 @@ def run_init(shown: OutputChoice, folder: str | None) -> int:
             'by hand: [names], base = "PATH"'
         )
     text = _format(names, list(_find_defaults(place)))
-    with path.open("x", encoding="utf-8") as file:
-        file.write(text)
+    write_whole(path, text)
     if not shown.quiet:
         shown.print(f"{path}:\n\n{text}\nUse a name as @{names[0].name} in any command.")
     return DONE
@@ -67,10 +67,11 @@ def _format(names: list[Found], defaults: list[Found]) -> str:
     taken: set[str] = set()
     for name, value, source in names:
         hidden = "# " if name in taken else ""
-        lines.append(f"{hidden}{name} = {json.dumps(value, ensure_ascii=False)}  # {source}")
+        text = json.dumps(value, ensure_ascii=False)
+        lines.append(f"{hidden}{name} = {text}  # {safe(source)}")
         taken.add(name)
     lines += ["", "[defaults]"]
-    lines += [f"{name} = {value}  # {source}" for name, value, source in defaults[:1]]
+    lines += [f"{name} = {value}  # {safe(source)}" for name, value, source in defaults[:1]]
     return "\n".join(lines) + "\n"
 
 

@@ -598,7 +598,7 @@ def refuse_other_run(path: Path, run: Run) -> None:
     if earlier.command == run.command and (contents[0] == contents[1] or paths[0] == paths[1]):
         _LOG.warning("%s: replaces the results of the same command and inputs", path)
         return
-    inputs = " ".join(each.path for each in earlier.inputs)
+    inputs = " ".join(each.path for each in earlier.inputs[:2])
     raise UsageError(
         f"{path}: holds the results of {earlier.command} {inputs}; choose another name, or replace "
         "them with --overwrite"

@@ -80,10 +80,19 @@ def test_defaults_reach_results_unless_typed(run, project, tmp_path):
     assert "length" not in settings
 
 
-@pytest.mark.parametrize("command", ["gate", "lint"])
-def test_judges_take_no_defaults(run, project, command):
-    project(NAMES + '[defaults]\ndtype = "float16"\n')
-    assert "From" not in run(command, "base").err
+def test_gate_does_not_read_the_project_file(run, project):
+    spectra = ROOT / "docs" / "examples" / "spectrum.jsonl"
+    without = run("gate", "--policy", "full-ft-drift", spectra)
+    project("[broken")
+    assert run("gate", "--policy", "full-ft-drift", spectra) == without
+    assert run("spectrum", "base").code == 2
+
+
+def test_lint_takes_no_defaults(run, project, tmp_path):
+    (tmp_path / "train.yaml").write_text("base_model: base\nadapter: lora\nlora_r: 8\n")
+    found = run("lint", "train.yaml")
+    project(NAMES + '[defaults]\ndtype = "float16"\nrank = 1\n')
+    assert run("lint", "train.yaml") == found
 
 
 def test_project_file_is_ignored_in_ci(run, project, tmp_path, monkeypatch):
@@ -117,7 +126,7 @@ def test_steps_of_ci_ignore_project_files():
         ("names = 1\n", ("names", "table")),
         ("[names", ("TOML",)),
         ("x = 1" + "0" * 5000, ("TOML",)),
-        ("#" * 200_000, ("100,000 bytes",)),
+        ("#" * 1_000_001, ("1,000,000 bytes",)),
         *(
             (f'[defaults]\n{name} = "x"\n', (name, "no such option"))
             for name in ("output", "plugins", "overwrite", "resume", "yes", "junit", "policy")
@@ -162,8 +171,26 @@ def test_init_names_what_the_folder_holds(run, project, tmp_path):
 @pytest.mark.parametrize("name", ['a"b', "new\nline", "\x1b[2J"])
 def test_init_writes_names_of_hostile_files_as_text(run, tmp_path, name):
     (tmp_path / f"{name}.txt").write_text("text")
+    (tmp_path / name).mkdir()
+    config = {"base_model_name_or_path": "org/model"}
+    (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
     assert run("init").code == 0
-    assert list(find_project(tmp_path).names.values()) == [f"{name}.txt"]
+    assert list(find_project(tmp_path).names.values()) == ["org/model", f"{name}.txt"]
+
+
+def test_init_follows_no_link(run, tmp_path):
+    (tmp_path / "task.txt").write_text("text")
+    (tmp_path / "loradiag.toml").symlink_to("elsewhere")
+    ran = run("init")
+    assert ran.code == 2
+    assert_names(ran.err, "loradiag.toml", "exists")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("tool", ["tool = 1", f"[tool.other]\na = {'9' * 150_000!r}"])
+def test_pyproject_of_other_tools_is_passed_over(tmp_path, tool):
+    (tmp_path / "pyproject.toml").write_text(tool)
+    assert find_project(tmp_path) is None
 
 
 def test_init_needs_something_to_name(run, tmp_path):

@@ -169,6 +169,10 @@ def test_results_of_other_work_are_kept(results, path, models, caplog):
     assert path.read_bytes() == kept
     lora_diag.spectrum(*models, output=path)
     assert_names(caplog.text, path, "replaces")
+    links = [path.parent / f"link-{each.name}" for each in models]
+    for link, each in zip(links, models, strict=True):
+        link.symlink_to(each)
+    lora_diag.spectrum(*links, output=path)
     lora_diag.spectrum(models[0], models[0], output=path, overwrite=True)
     assert read_results(path).run.inputs[1].path == str(models[0])
 

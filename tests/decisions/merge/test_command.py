@@ -551,7 +551,7 @@ def test_docs_show_what_is_printed(loradiag, tmp_path):
     page = (ROOT / "docs" / "reference" / "merge.md").read_text(encoding="utf-8")
     (tmp_path / "sample_checkpoints").symlink_to(ROOT / "sample_checkpoints")
     blocks = re.findall(r"<!-- shown: (merge .*?) -->\n(.*?)<!-- end -->", page, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for words, shown in blocks:
         printed = loradiag(*words.split(), env={"COLUMNS": "80"}, brief=True).out.strip("\n")
         assert shown == f"```console\n{prompt(words)}\n{printed}\n```\n"

@@ -231,6 +231,7 @@ def _make_layer_settings(
     """Return the settings of merging a layer of ``count`` updates."""
     return run.settings(
         MergeSettings,
+        method=options["method"],
         count=count,
         scale=options["scale"],
         rank=options["rank"],

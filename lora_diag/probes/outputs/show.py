@@ -244,7 +244,7 @@ def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | Non
     best = _find_best(records)
     if best is None:
         return None
-    words = ["portability", best.name, str(values["base"])]
+    words = ["portability", str(values["base"]), best.name]
     return Hint(shlex.join(words), "the update that each serving program applies", saved=True)
 
 

@@ -15,10 +15,11 @@ from contextlib import contextmanager, suppress
 from json import dumps
 from pathlib import Path
 from textwrap import fill
+from time import monotonic
 from typing import TYPE_CHECKING, TextIO
 
 from lora_diag.errors import InputError, shorten
-from lora_diag.rendering.text import byte_count, replace_unencodable, safe, safe_lines
+from lora_diag.rendering.text import byte_count, duration, replace_unencodable, safe, safe_lines
 
 if TYPE_CHECKING:
     from lora_diag.records import AnyRecord, LeftOut
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 # Smallest width that output is fitted to.
 MIN_WIDTH = 60
+
+# Seconds between lines of progress where standard error is not a terminal.
+LINE_SECONDS = 60
 
 # Maximum number of unmeasured layers listed one by one; a large model has 70,000 layers.
 MAX_NAMED = 20
@@ -305,11 +309,14 @@ def terminal() -> tuple[int, bool]:
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    """Yield a function that displays progress; it does nothing if ``quiet``, or if standard error
-    is not a terminal.
+    """Yield a function that displays progress on standard error: a bar on a terminal, one line a
+    minute elsewhere, nothing if ``quiet``.
     """
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
+    if quiet or sys.stderr is None:
         yield lambda event: None
+        return
+    if not sys.stderr.isatty():
+        yield _make_line_printer()
         return
     from rich import progress
     from rich.console import Console
@@ -333,14 +340,32 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
             )
             bar.update(
                 task,
-                total=event.entries or event.total,
-                completed=event.entries_done if event.entries else event.done,
+                total=1.0,
+                completed=event.fraction,
                 description=safe(event.label),
                 count=f"{event.done}/{event.total}",
                 rate=rate,
             )
 
         yield show
+
+
+def _make_line_printer() -> Callable[[Progress], None]:
+    """Return a function that prints progress and the time left, at most once in
+    ``LINE_SECONDS``.
+    """
+    times = list[float]()  # of the first event, and then of the lines
+
+    def show(event: Progress) -> None:
+        now = monotonic()
+        if not times:
+            times.append(now)
+        if event.fraction and now - times[-1] >= LINE_SECONDS:
+            times.append(now)
+            left = duration((now - times[0]) * (1 / event.fraction - 1))
+            print_message(f"{event.done}/{event.total}, about {left} left: {event.label}")
+
+    return show
 
 
 @contextmanager

@@ -37,6 +37,13 @@ class Progress:
     entries_done: int = 0
     entries: int = 0
 
+    @property
+    def fraction(self) -> float:
+        """Finished fraction of the work, by entries where they are known."""
+        if self.entries:
+            return self.entries_done / self.entries
+        return self.done / max(1, self.total)
+
 
 class ProgressReporter:
     """Callbacks for progress, records and notes.

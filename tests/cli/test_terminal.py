@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_diag import catalog
+from lora_diag.cli import output
 from lora_diag.cli.output import print_annotated, print_json, print_message, print_result
 from lora_diag.errors import InputError
 from lora_diag.rendering.statements import make_statement
@@ -19,6 +20,7 @@ from lora_diag.rendering.tables import Column, Grid, grids_table
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.html import html_report
 from lora_diag.reports.markdown import markdown_report
+from lora_diag.running.progress import Progress
 from tests.conftest import save_model
 from tests.served import ROOT
 
@@ -266,3 +268,21 @@ def test_traceback_carries_no_command(in_ci, capsys, monkeypatch):
     assert "Traceback" in err
     assert not starts_command(err)
     assert not unprintable(err)
+
+
+def test_pipe_gets_one_line_a_minute(monkeypatch, capsys):
+    """By hand: a layer in 25 s, so a line after every third; 7 of 10 left take 175 s."""
+    now = 1000.0
+    monkeypatch.setattr(output, "monotonic", lambda: now)
+    with output.progress_bar(quiet=False) as show:
+        for done in range(11):
+            show(Progress(f"layer{done}", done, 10))
+            now += 25
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(" ")[2] for line in lines] == ["layer3", "layer6", "layer9"]
+    assert ["3/10" in lines[0], "2.9 min" in lines[0]] == [True, True]
+    with output.progress_bar(quiet=True) as show:
+        for done in range(11):
+            show(Progress("layer", done, 10))
+            now += 100
+    assert not capsys.readouterr().err

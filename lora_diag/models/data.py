@@ -251,6 +251,11 @@ class Texts:
         sequences = tuple(self.sequences[i * n // count] for i in range(count))
         return replace(self, sequences=sequences, notes=(*self.notes, note))
 
+    def tail(self, count: int) -> Texts:
+        """Return the same set with the last tokens of each sequence only."""
+        cut = (Sequence(one.ids[-count:], one.labels[-count:]) for one in self.sequences)
+        return replace(self, sequences=tuple(cut))
+
     def count_batches(self, size: int) -> int:
         """Return the number of batches of at most ``size`` sequences."""
         return -(-len(self.sequences) // size)

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.linalg.devices import resolve_device
@@ -44,6 +46,9 @@ from lora_diag.storage import Checkpoint
 # A shape and a footprint by which the engine sends every run alone: its cost is above that of a
 # batch of layers.
 UNBATCHED_SHAPE, UNBATCHED_BYTES = (2**12, 2**12), 2**40
+
+# Of a short step and of a longer one: smallest length of its sequences, and tokens in all.
+SHORT_STEPS = ((2, 32), (8, 128))
 
 MEMORY_FIX = "add a node with more, or lower $batch or $length"
 
@@ -309,17 +314,17 @@ class RunPlan:
         self.watch.total = bases * self.batches + passes
         seconds, evaluation, costs = 0.0, 0.0, []
         for name, (arm, *others) in methods.items():
-            step, evaluation = self.time_step(arm)
+            cost = self.time_step(arm)
             runs = sum(map(self.count_unfinished, (arm, *others)))
             slots = 1 if arm.workers is None else arm.workers.slots
-            seconds += passes * step
-            seconds += math.ceil(runs / slots) * (
-                self.training.steps * step + self.batches * evaluation
-            )
+            seconds += passes * cost.seconds
+            evaluation = cost.evaluation_seconds
+            run_seconds = self.training.steps * cost.seconds + self.batches * evaluation
+            seconds += math.ceil(runs / slots) * run_seconds
             self.expect(runs)
             costs.append(
-                f"{quantity(runs, 'run')} {name} of {self.training.steps} steps of {step:.2g} s at "
-                "most"
+                f"{quantity(runs, 'run')} {name} of {self.training.steps} steps of "
+                f"{cost.seconds:.2g} s at most"
             )
         seconds += bases * self.batches * evaluation
         gib, arms = (
@@ -385,10 +390,8 @@ class RunPlan:
         """Add the steps and evaluation batches of a number of runs to the expected total."""
         self.watch.total += runs * (self.training.steps + self.batches)
 
-    def time_step(self, arm: Arm) -> tuple[float, float]:
-        """Measure and return the seconds of a step at the largest size, and of one evaluation
-        batch.
-        """
+    def time_step(self, arm: Arm) -> StepCost:
+        """Measure a step at the largest size, and one evaluation batch."""
         return time_steps(arm.trial(arm.sizes[-1], 1e-6, 0).train, self.training, self.sets)
 
     def _finish(self, arm: Arm, trials: Sequence[Trial]) -> None:
@@ -436,11 +439,28 @@ class RunPlan:
         return find_best_rates(runs).get(size)
 
 
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Cost of training.
+
+    Args:
+        seconds: Of one step.
+        evaluation_seconds: Of one batch of an evaluation.
+        error: Relative error of ``seconds``; 0 where a whole step was measured.
+        saved_bytes: Tensors that a step keeps for its backward pass, frozen weights among them; 0
+            where they are not counted.
+    """
+
+    seconds: float
+    evaluation_seconds: float
+    error: float = 0.0
+    saved_bytes: int = 0
+
+
 def time_steps(
     train: Callable[..., Any], training: TrainingSettings, sets: Sequence[Texts]
-) -> tuple[float, float]:
-    """Measure and return the seconds of one training step, the second of two, and of one batch of
-    an evaluation.
+) -> StepCost:
+    """Measure one training step, the second of two, and one batch of an evaluation.
 
     Args:
         train: Called with settings of two steps, a set of one batch, and a function to call after
@@ -451,7 +471,63 @@ def time_steps(
     ticks = [time.perf_counter()]
     first_batch = sets[0].first(training.batch)
     train(replace(training, steps=2), [first_batch], lambda: ticks.append(time.perf_counter()))
-    return ticks[2] - ticks[1], ticks[3] - ticks[2]
+    return StepCost(ticks[2] - ticks[1], ticks[3] - ticks[2])
+
+
+def extrapolate_steps(
+    train: Callable[..., Any], training: TrainingSettings, sets: Sequence[Texts]
+) -> StepCost:
+    """Return what ``time_steps`` would, from steps on the last tokens of sequences.
+
+    Seconds are in proportion to the length. This counts the constant part of a step once per token,
+    and no attention, which grows with the square of the length; ``error`` is the distance to the
+    line through steps of two lengths, which has the constant part once. The saved bytes are on the
+    line through those of two lengths, which is too low for attention that keeps its matrix.
+
+    Args:
+        train: As in ``time_steps``.
+        training: Likewise.
+        sets: Likewise.
+    """
+
+    def measure_tail(length: int) -> StepCost:
+        short = replace(training, texts=training.texts.tail(length))
+        with count_saved_bytes() as totals:
+            cost = time_steps(train, short, [sets[0].tail(length)])
+        return replace(cost, saved_bytes=max(totals, default=0))
+
+    short, long = (max(least, tokens // training.batch) for least, tokens in SHORT_STEPS)
+    small, large = measure_tail(short), measure_tail(long)
+    longest = max(long, *(len(one.ids) for one in training.texts.sequences))
+    factor = longest / long
+    beyond = (longest - long) / (long - short)
+    line = 1 + (1 - small.seconds / large.seconds) * beyond
+    return StepCost(
+        factor * large.seconds,
+        factor * large.evaluation_seconds,
+        abs(1 - max(1.0, line) / factor),
+        large.saved_bytes + round((large.saved_bytes - small.saved_bytes) * beyond),
+    )
+
+
+@contextmanager
+def count_saved_bytes() -> Iterator[list[int]]:
+    """Yield a list that gets the bytes of the tensors saved for each backward pass."""
+    sizes, totals = dict[int, int](), list[int]()
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def unpack(tensor: Tensor) -> Tensor:
+        if sizes:  # the first of a backward pass
+            totals.append(sum(sizes.values()))
+            sizes.clear()
+        return tensor
+
+    with saved_tensors_hooks(pack, unpack):
+        yield totals
 
 
 class TrainRun(ProbeRun[G]):

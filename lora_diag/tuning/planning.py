@@ -41,7 +41,7 @@ from lora_diag.models.training import (
 from lora_diag.records import Results
 from lora_diag.rendering.text import duration
 from lora_diag.running.layers import check_ranks
-from lora_diag.running.training_runs import TrainRun, time_steps
+from lora_diag.running.training_runs import StepCost, TrainRun, extrapolate_steps, time_steps
 from lora_diag.storage import Checkpoint
 from lora_diag.tuning import TuneOptions
 from lora_diag.tuning.record import TunePlan, TuneStage
@@ -63,6 +63,14 @@ MARGIN = 1.1
 COMPARED = 2
 # Fraction of a time limit that is kept for the report and the other files.
 WRITING = 0.04
+# Seconds of one step of each kind, as extrapolated, up to which steps are measured also for a plan.
+MEASURED_SECONDS = 3.0
+# Fields of a plan that grow with the length of sequences.
+TIMES = ("step_seconds", "full_step_seconds", "evaluation_seconds")
+# Tensors of the size of the weights that full fine-tuning adds: gradients, and two of AdamW.
+FULL_STATES = 3
+# Shortest sequences that are proposed for a search that does not fit.
+MIN_LENGTH = 32
 # A search without omissions; at most 6 runs of stability and escalation, in addition to the seeds
 # of confirmed ones.
 WHOLE_SEARCH = {
@@ -238,31 +246,53 @@ def fit_plan(plan: TunePlan, limit: float | None) -> TunePlan:
         limit: Seconds; None for none.
 
     Raises:
-        UsageError: Not even the smallest search fits.
+        UsageError: Not even the smallest search fits; names the options of the largest one that
+            does, with shorter sequences.
     """
     saved: dict[Omission, float] = {}
+    whole = plan
     if limit is not None:
         plan, saved = omit(plan, limit, tuple(Omission))
     seconds = seconds_of(plan)
     if limit is not None and seconds > limit:
         raise UsageError(
             Given("time"),
-            f"even the smallest search takes about {seconds:.0f} s, and {limit:.0f} s are allowed",
-            "give more time, fewer $steps or a smaller $eval set",
+            f"even the smallest search takes about {duration(seconds)}, and {duration(limit)} are "
+            "allowed",
+            f"give $time {math.ceil(seconds / 60)}min{_describe_largest(whole, limit)}",
         )
     # Of several omissions of steps the last one includes the others.
     of_steps = [omission for omission in saved if omission in STEP_OMISSIONS]
     if of_steps:
         saved[of_steps[-1]] = math.fsum(saved.pop(omission) for omission in of_steps)
-    left_out = (*saved, *plan.left_out)
     fields = {
         "seconds": seconds,
         "limit": limit,
-        "left_out": left_out,
+        "left_out": (*saved, *plan.left_out),
         "saved": saved,
         "stages": list_stages(plan),
     }
     return plan.model_copy(update=fields)
+
+
+def _describe_largest(plan: TunePlan, limit: float) -> str:
+    """Return the options of the search with the longest sequences that fits a limit; empty if none
+    does.
+
+    Times are in proportion to the length: too long for shorter sequences, by the constant part of a
+    step.
+    """
+    while plan.length >= 2 * MIN_LENGTH:
+        times = {name: getattr(plan, name) / 2 for name in TIMES}
+        plan = plan.model_copy(update={**times, "length": plan.length // 2})
+        found, _ = omit(plan, limit, tuple(Omission))
+        if seconds_of(found) <= limit:
+            ranks = ",".join(map(str, found.ranks))
+            return (
+                f"; or add $no_full $ranks {ranks} $steps {found.steps} $length {found.length} "
+                f"$max_sequences {found.sequences}"
+            )
+    return ""
 
 
 def omit(
@@ -510,12 +540,6 @@ def plan_of(
     if too_large := [rank for rank in settings["ranks"] if rank > largest]:
         raise UsageError(Given("ranks", too_large), f"the budget allows r ≤ {largest}")
     full = not options["no_full"] and options["dtype"] == "float32" and not options["quantized"]
-    cells = [Cell(max(settings["ranks"]), 1e-6, 0)]
-    if full:
-        cells.append(Cell(None, 1e-9, 0, "full"))
-    times = [
-        time_steps(partial(losses_after, run.model, cell), run.training, run.sets) for cell in cells
-    ]
     whole = TunePlan(
         budget=budget_plan.fit.budget,
         per_rank=target.per_rank,
@@ -527,16 +551,65 @@ def plan_of(
         rules={f"{rule.name} ({rule.source})": rule.rank for rule in budget_plan.capacity.rules},
         steps=options["steps"],
         full=full,
-        step_seconds=times[0][0],
-        full_step_seconds=times[1][0] if full else 0.0,
-        evaluation_seconds=times[0][1] * run.batches(run.sets),
-        seconds=0.0,
+        length=run.model.length,
+        sequences=max(len(each.sequences) for each in run.sets),
+        **dict.fromkeys((*TIMES, "seconds"), 0.0),
         limit=None,
         left_out=() if full or options["no_full"] else (Omission.FULL_NEEDS_FLOAT32,),
         stages=(),
         **settings,
     )
-    return fit_plan(whole, limit)
+    timed = _time_plan(whole, run, limit, extrapolate_steps)
+    if timed.step_seconds + timed.full_step_seconds > MEASURED_SECONDS:
+        excludes = limit is not None and _is_excluded(timed, limit)
+        if options["dry_run"] or excludes:
+            return fit_plan(timed, limit)
+    return fit_plan(_time_plan(timed, run, limit, time_steps), limit)
+
+
+def _is_excluded(plan: TunePlan, limit: float) -> bool:
+    """Return whether no search fits a limit, even at the fastest that the error of times allows."""
+    longest = limit / (1 - plan.error)
+    smallest, _ = omit(plan, longest, tuple(Omission))
+    return seconds_of(smallest) > longest
+
+
+def _time_plan(
+    plan: TunePlan,
+    run: TrainRun[TuneOptions],
+    limit: float | None,
+    measure: Callable[..., StepCost],
+) -> TunePlan:
+    """Return a plan with times; that of full fine-tuning is measured if it may fit the limit at the
+    time of LoRA.
+
+    Args:
+        plan: The search without a limit.
+        run: Its options, model and texts.
+        limit: Seconds; None for none.
+        measure: ``time_steps`` or ``extrapolate_steps``.
+    """
+    train, texts = partial(losses_after, run.model), (run.training, run.sets)
+    lora = measure(partial(train, Cell(max(plan.ranks), 1e-6, 0)), *texts)
+    times = {
+        "step_seconds": lora.seconds,
+        "full_step_seconds": lora.seconds * plan.full,
+        "evaluation_seconds": lora.evaluation_seconds * run.batches(run.sets),
+        "error": lora.error,
+        "memory_bytes": max(lora.saved_bytes, plan.memory_bytes),
+    }
+    plan = plan.model_copy(update=times)
+    smallest, _ = omit(plan, (limit or math.inf) / (1 - lora.error), tuple(Omission))
+    if not smallest.full:
+        return plan
+    full = measure(partial(train, Cell(None, 1e-9, 0, "full")), *texts)
+    weights = sum(weight.nbytes for weight in run.model.module.parameters())
+    needed = full.saved_bytes + FULL_STATES * weights if full.saved_bytes else 0
+    of_full = {
+        "full_step_seconds": full.seconds,
+        "memory_bytes": max(needed, plan.memory_bytes),
+    }
+    return plan.model_copy(update=of_full)
 
 
 def _make_settings(options: TuneOptions, largest: int) -> dict[str, Any]:

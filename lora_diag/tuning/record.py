@@ -49,8 +49,16 @@ class TunePlan(WholeRecord):
         redistribute: Whether non-uniform ranks are trained.
         trials: Configurations that stability and escalation train at most.
         step_seconds: Measured time of one training step at the largest of the ranks.
-        full_step_seconds: Measured time of one step of full fine-tuning; 0 if it was not timed.
+        full_step_seconds: The same of full fine-tuning; of LoRA if ``limit`` does not allow a
+            baseline; 0 without one.
         evaluation_seconds: Time of evaluating all sets, from one measured batch.
+        error: Relative error of these times where they are extrapolated from short sequences; 0
+            where they are measured.
+        memory_bytes: Memory of a step, at least: tensors kept for the backward pass, extrapolated
+            from short sequences, and of full fine-tuning gradients and moments; 0 in files of
+            earlier versions.
+        length: Tokens of a sequence; 0 in files of earlier versions.
+        sequences: Largest number of sequences of an evaluation set; likewise.
         seconds: Estimate for the whole search.
         limit: ``--time`` in seconds; null for none.
         left_out: What is omitted: to stay within ``limit``, or full fine-tuning of weights that are
@@ -89,6 +97,10 @@ class TunePlan(WholeRecord):
     kind: str = ""
     slots: Count = 1
     saved: dict[str, Seconds] = Field(default_factory=dict)
+    error: float = 0.0
+    memory_bytes: Count = 0
+    length: Count = 0
+    sequences: Count = 0
 
     def params(self, rank: int) -> int:
         """Return the trainable parameters of one rank on all targeted layers."""

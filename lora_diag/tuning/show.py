@@ -12,7 +12,16 @@ from lora_diag.records.base import Shown
 from lora_diag.rendering.losses import caption_of, describe_forgetting
 from lora_diag.rendering.statements import Statement, final_statements, make_statement
 from lora_diag.rendering.tables import Grid, grid_of, grids_table
-from lora_diag.rendering.text import duration, percent, plus_minus, quantity, safe, short, span
+from lora_diag.rendering.text import (
+    byte_count,
+    duration,
+    percent,
+    plus_minus,
+    quantity,
+    safe,
+    short,
+    span,
+)
 from lora_diag.running.amounts import edge
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 
@@ -88,9 +97,13 @@ def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
     ]
     ranks = ", ".join(map(str, plan.ranks))
     rates = ", ".join(f"{rate:g}" for rate in plan.rates)
-    time = f"about {duration(plan.seconds)} at most, from a step of {plan.step_seconds:.2g} s"
+    source = f"a step of {plan.step_seconds:.2g} s"
+    if plan.error:
+        source = f"short steps: ±{percent(plan.error)}"
+    time = f"about {duration(plan.seconds)} at most, from {source}"
     if plan.slots > 1:
         time += f" and {plan.slots} concurrent runs"
+    memory = f"at least {byte_count(plan.memory_bytes)} for a step" if plan.memory_bytes else ""
     omitted = {name: plan.saved.get(name) for name in plan.left_out}
     lines = [
         make_statement(
@@ -105,6 +118,7 @@ def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
             "tries", "Tries", f"r={ranks} at learning rates {rates}, {plan.steps} steps each"
         ),
         make_statement("time", "Time", time),
+        make_statement("memory", "Memory", memory),
         make_statement("left_out", "Left out", _describe_omitted(plan, omitted)),
     ]
     grid = grid_of(STAGES, [(stage.name, [stage]) for stage in plan.stages], "stage")

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from contextlib import nullcontext
@@ -30,12 +31,13 @@ from lora_diag.records import Probe
 from lora_diag.rendering.statements import find
 from lora_diag.reports.html import images_of
 from lora_diag.running import probing
+from lora_diag.running.training_runs import StepCost
 from lora_diag.tuning import planning
 from lora_diag.tuning import run as run_module
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.run import configs
 from lora_diag.tuning.search import Tuner
-from lora_diag.tuning.show import tune_lines
+from lora_diag.tuning.show import plan_text, tune_lines
 from lora_diag.tuning.trials import Measured, Variant
 from tests.building import build, results
 from tests.messages import assert_names, raises_naming
@@ -257,6 +259,51 @@ def test_tune_asks_for_confirmation_after_the_budget(loradiag, case):
     assert "--yes" not in impossible.err
 
 
+@pytest.mark.parametrize(("dry_run", "seconds"), [(True, "2000h"), (False, "10h")])
+def test_short_steps_decide_before_any_full_step(case, tmp_path, monkeypatch, dry_run, seconds):
+    """A plan is printed from them; a search that they exclude beyond their error ends there."""
+    base, texts, *_ = case
+    monkeypatch.setattr(planning, "extrapolate_steps", lambda *_: StepCost(1e4, 100.0, 0.25, 10**9))
+    monkeypatch.setattr(planning, "time_steps", lambda *_: pytest.fail("a step of full length"))
+    options = {**OPTIONS, "time": seconds, "dry_run": dry_run}
+    with nullcontext() if dry_run else raises_naming(UsageError, "smallest search"):
+        (plan,) = lora_diag.tune(base, tmp_path / "run", **texts, **options).whole
+        assert (plan.error, plan.step_seconds) == (0.25, 1e4)
+        assert "±25%" in plan_text(plan)
+
+
+def test_real_start_is_planned_from_measured_steps(case, tmp_path, monkeypatch):
+    """Full fine-tuning is timed only where the limit may allow it."""
+    base, texts, *_ = case
+    timed = []
+    monkeypatch.setattr(planning, "extrapolate_steps", lambda *_: StepCost(10.0, 1.0, 0.25))
+
+    def time_full_length(train, *_):
+        timed.append(train.args[1].subject)
+        return StepCost(20.0, 1.0)
+
+    monkeypatch.setattr(planning, "time_steps", time_full_length)
+    for time, subjects in (("50h", ["lora", "full"]), ("25min", ["lora"])):
+        seen = []
+        options = {**OPTIONS, "time": time, "on_plan": lambda plan, seen=seen: seen.append(plan)}
+        lora_diag.tune(base, tmp_path / "run", **texts, **options)
+        assert [plan.step_seconds for plan in seen] == [20.0]
+        assert seen[0].error == 0
+        assert timed == subjects
+        timed.clear()
+    with raises_naming(UsageError, "smallest search"):
+        lora_diag.tune(base, tmp_path / "run", **texts, **options | {"time": "8min"})
+    assert timed == ["lora"]
+
+
+def test_tune_refusal_names_options_that_fit(loradiag, case):
+    base, texts, *_ = case
+    words = ["tune", base, "--data", texts["data"], "--eval", texts["eval"][0]]
+    refused = loradiag(*words, "--params", "4k", "--time", "0.01s", "-o", "run", "--dry-run")
+    assert (refused.code, refused.out) == (2, "")
+    assert re.search(r"give --time \d+min", refused.err)
+
+
 class Terminal(io.StringIO):
     """Standard input with a user who answers."""
 
@@ -380,7 +427,7 @@ def test_tune_keeps_time_on_busy_machine(case, tmp_path, monkeypatch, slowness):
     clock, seen = [1000.0], [0]
     for module in (planning, run_module):
         monkeypatch.setattr(module, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(planning, "time_steps", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(planning, "time_steps", lambda *_: StepCost(1.0, 1.0))
 
     def advance(event):
         clock[0] += slowness * (event.done - seen[0])
@@ -585,7 +632,7 @@ def test_printed_interval_of_gain_decides(times):
 def fix_step_times(job=None):
     """Fix the only numbers of a search that are measured times; show whole summaries."""
     show_all(job)
-    planning.time_steps = lambda *_: (0.01, 0.01)
+    planning.time_steps = lambda *_: StepCost(0.01, 0.01)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 omissions named.
 """
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from lora_diag.running.amounts import read_time
 from lora_diag.tuning import FEATURE
 from lora_diag.tuning.planning import (
     MARGIN,
+    TIMES,
     WHOLE_SEARCH,
     bound_sequential_runs,
     extend_plan,
@@ -113,6 +115,43 @@ def test_less_time_omits_more_in_fixed_order():
     others = [[what for what in left_out if "of the steps" not in what] for left_out in given_up]
     for less, more in pairwise(others):
         assert less == more[: len(less)]
+
+
+def test_refusal_names_longest_sequences_that_fit():
+    """By hand: a half of the length takes a half of the time. The options are taken from the
+    message, and their search fits; with twice their length none does.
+    """
+    plan = make_plan(steps=200).model_copy(update={"length": 512, "sequences": 8})
+    smallest = fit_plan(plan, 0.3 * seconds_of(plan))
+    limit = 0.2 * seconds_of(plan.model_copy(update={"ranks": (1, 16), "steps": 5, **SMALL}))
+    with pytest.raises(UsageError, match="smallest search") as caught:
+        fit_plan(plan, limit)
+    given = dict(re.findall(r"--([a-z-]+) ([\d,]+)(?= |$)", str(caught.value)))
+    assert "--no-full" in str(caught.value)
+    length = int(given["length"])
+    options = {
+        "ranks": tuple(map(int, given["ranks"].split(","))),
+        "steps": int(given["steps"]),
+        "full": False,
+    }
+    assert (given["max-sequences"], smallest.length) == ("8", 512)
+    assert fit_plan(scale(plan, length).model_copy(update=options), limit).limit == limit
+    longer = scale(plan, 2 * length).model_copy(update={"length": 0})
+    with pytest.raises(UsageError, match="smallest search") as caught:
+        fit_plan(longer, limit)
+    assert "--length" not in str(caught.value)
+
+
+# Fields of a plan without what a time limit omits.
+SMALL = {"full": False, "widen": 0, "repeats": 2, "more_seeds": False, "finer": False}
+SMALL |= {"redistribute": False, "trials": 0, "halving": True}
+
+
+def scale(plan, length):
+    """A plan of shorter sequences."""
+    share = length / plan.length
+    times = {name: share * getattr(plan, name) for name in TIMES}
+    return plan.model_copy(update={**times, "length": length})
 
 
 def test_halving_keeps_the_best_rate_of_every_rank():

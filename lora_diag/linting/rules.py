@@ -471,7 +471,8 @@ def check_rate(lr: float, scaling: Scales) -> Iterator[Problem]:
     """Find learning rates that move ΔW, by lr·s·√r, more than nearly all published recipes do."""
     reach, text = _find_reach(lr, scaling)
     if lr * reach > MAX_LORA_RATE:
-        yield Problem("lr", f"{text} moves ΔW like lr {number(lr * reach)} at rank 16 and scale 2")
+        highest = number(MAX_LORA_RATE / reach)
+        yield Problem("lr", f"{text}, where nearly all published recipes stay below {highest}")
 
 
 @rule("rate-low", "warning", "lora")

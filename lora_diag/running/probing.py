@@ -231,6 +231,7 @@ class ProbeRun(Generic[G]):
             "dtype": self.values["dtype"],
             "device": self.model.device.type,
             "tokens": legible(self.model.tokens.about),
+            **({"max_sequences": most} if (most := self.values.get("max_sequences")) else {}),
             **({"reduced": list(self.reduced.values())} if self.reduced else {}),
         }
 

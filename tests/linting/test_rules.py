@@ -101,7 +101,7 @@ CASES = {
     "rank-rate": (
         {"config": {**PEFT, "r": 256, "lora_alpha": 512}, "lr": 2e-4},
         {"config": {**PEFT, "r": 64, "lora_alpha": 128}, "lr": 2e-4},
-        ["rank 256", "scale 2", "8.0e-04"],  # 2e-4·√(256/16)
+        ["rank 256", "scale 2", "1.7e-04"],  # 2e-4·√(256/16)
     ),
     "rate-low": (
         {"config": {**PEFT, "r": 8, "lora_alpha": 16}, "lr": 5e-7},

@@ -86,7 +86,7 @@ sbom: $(VENV)/audit ## write build/sbom.json, what is installed, and look for kn
 	! grep -nE 'file:|"/[a-z]' build/sbom.json
 	-$(BIN)/pip-audit --progress-spinner off
 
-licences: $(VENV)/test ## put the licences of all runtime dependencies into docs/explanation/security.md
+licences: $(VENV)/test ## put the licences of all runtime dependencies into docs/licences.txt
 	$(BIN)/python -m tests.robustness.licences --write
 
 clean: ## remove what make and the tests created

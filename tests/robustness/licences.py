@@ -1,8 +1,7 @@
 """``python -m tests.robustness.licences``: every package that the program needs to run, and its
-licence, as Markdown.
+licence, as a table.
 
-From the metadata of the installed packages; ``make licences`` writes the table into
-docs/explanation/security.md.
+From the metadata of the installed packages; ``make licences`` writes it into docs/licences.txt.
 """
 
 import re
@@ -19,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 UNLISTED = {"audit", "docs", "release", "test", "mlflow", "tensorboard", "trackio", "wandb"}
 # Those that users install; "" is what comes without any.
 EXTRAS = ("", *(extra for extra in PROJECT["optional-dependencies"] if extra not in UNLISTED))
-PAGE = ROOT / "docs" / "explanation" / "security.md"
+PAGE = ROOT / "docs" / "licences.txt"
 BEGIN, END = "<!-- licences -->\n", "<!-- end -->"
 
 # What licences are called in metadata -> SPDX. Longest first where one contains another.

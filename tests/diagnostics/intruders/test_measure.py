@@ -106,7 +106,7 @@ def test_any_matrix_against_numpy(tmp_path_factory, seed, m, n, size, k, epsilon
         directions=k,
         epsilon=epsilon,
         window=window,
-        method="exact",
+        svd="exact",
     )
     check(record, before, after, k, epsilon, window)
 

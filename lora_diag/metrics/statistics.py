@@ -426,17 +426,33 @@ def paired_difference(
         >>> paired_difference([3.0, 5.0], [2.0, 2.0], [2, 2])
         (1.0, 0.5)
     """
-    difference, n = np.subtract(first, second), np.asarray(counts, dtype=np.float64)
-    gap = float(difference.sum() / n.sum())
+    differences = np.subtract(first, second)
+    gap = float(differences.sum() / np.sum(counts))
+    errors = paired_errors(differences[:, None], counts)
+    return gap, None if errors is None else float(errors[0])
+
+
+def paired_errors(differences: Array, counts: Sequence[int]) -> Array | None:
+    """Return the standard errors of ``paired_difference`` for each column; None for N = 1.
+
+    Args:
+        differences: d_i of every sequence, ``(N, k)``.
+        counts: n_i.
+
+    Example:
+        >>> paired_errors(np.array([[1.0, 2.0], [3.0, 2.0]]), [2, 2])
+        array([0.5, 0. ])
+    """
+    n = np.asarray(counts, dtype=np.float64)[:, None]
     count = len(n)
     if count < 2:
-        return gap, None
+        return None
     size = math.isqrt(count)
-    sums = np.cumsum(np.concatenate([[0.0], difference - gap * n]))
-    variance = (
-        count / size * count / (count - size) * float(np.mean((sums[size:] - sums[:-size]) ** 2))
-    )
-    return gap, math.sqrt(variance) / float(n.sum())
+    residuals = differences - differences.sum(0) / n.sum() * n
+    sums = np.cumsum(np.pad(residuals, ((1, 0), (0, 0))), axis=0)
+    spread = np.mean((sums[size:] - sums[:-size]) ** 2, axis=0)
+    errors: Array = np.sqrt(count / size * count / (count - size) * spread) / n.sum()
+    return errors
 
 
 def degrees_of_freedom(count: int) -> float:

@@ -316,7 +316,7 @@ class Draw:
         )
 
 
-def backward(model: Model, sequences: list[Sequence], draw: Draw) -> list[int]:
+def backward(model: Model, sequences: list[Sequence], draw: Draw) -> Losses:
     """Run one batch forward and backward; hooks on the layers receive the gradients.
 
     Args:
@@ -325,28 +325,25 @@ def backward(model: Model, sequences: list[Sequence], draw: Draw) -> list[int]:
         draw: Returns the labels of the loss.
 
     Returns:
-        The number of predictions of each sequence. The loss of a sequence is the sum over them, so
-            that its gradients
-        are independent of the other sequences of the batch.
+        The losses. The loss of a sequence is the sum over its predictions, so that its gradients
+            are independent of the other sequences of the batch.
 
     Raises:
         InputError: The loss is not finite.
     """
-    table = model.module.get_input_embeddings()
-    hook = table.register_forward_hook(
-        lambda module, args, output: output.detach().requires_grad_()
-    )
+
+    def start_gradients(module: Any, args: Any, output: Tensor) -> Tensor:
+        return output if output.requires_grad else output.detach().requires_grad_()
+
+    hook = model.module.get_input_embeddings().register_forward_hook(start_gradients)
     try:
         with torch.enable_grad():
             logits, labels = predict(model, sequences)
-            losses = [
-                functional.cross_entropy(z.float(), draw(z, target), reduction="sum")
-                for z, target in zip(logits, labels, strict=True)
-            ]
-            loss = torch.stack(losses).sum()
-            if not torch.isfinite(loss):
+            losses = [nll(z, draw(z, target)) for z, target in zip(logits, labels, strict=True)]
+            each = torch.stack(losses)
+            if not torch.isfinite(each).all():
                 raise InputError(*NOT_FINITE)
-            loss.backward()  # type: ignore[no-untyped-call]
+            each.sum().backward()  # type: ignore[no-untyped-call]
     finally:
         hook.remove()
-    return list(map(len, labels))
+    return Losses.of(each.tolist(), map(len, labels))

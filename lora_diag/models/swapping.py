@@ -161,6 +161,10 @@ class Swapped:
         """Return all singular values and vectors of one layer's ΔW."""
         return _load_finite(self._deltas[layer]).decompose(vectors=True)
 
+    def update(self, layer: str) -> Tensor:
+        """Return ΔW of one layer, float64."""
+        return torch.cat(list(self._iterate_update(layer, FULL)))
+
     def energy(self, layers: Iterable[str], rank: int) -> float | None:
         """Return Σ_ℓ Σ_{i≤r}σ² / Σ_ℓ ‖ΔW_ℓ‖² over layers, for r ≥ 0; None if none changed."""
         kept = total = 0.0

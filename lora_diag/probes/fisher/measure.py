@@ -4,11 +4,8 @@ on the loss.
 It is Σ_s ⟨∇ℓ_s, T_r⟩² of each layer, with the discarded part T_r = ΔW − ΔW_r = Σ_{i>r} σ_i u_i
 v_iᵀ.
 
-No gradient of a weight is formed. In a linear layer ∇ℓ_s = Σ_t g_t x_tᵀ over the tokens of sequence
-s, with x the input and g the gradient with respect to the output, so that
-
-    ⟨∇ℓ_s, T_r⟩ = Σ_{i>r} a_{s,i},    a_{s,i} = σ_i Σ_t (u_iᵀ g_t)(v_iᵀ x_t),
-
+With the inner products a_{s,i} = ⟨∇ℓ_s, σ_i u_i v_iᵀ⟩ of ``models.directions``, ⟨∇ℓ_s, T_r⟩ =
+Σ_{i>r} a_{s,i},
 and one pass over the text gives the sum for every rank at once. The same projections give the
 second moments of x and g in the bases of the singular vectors, and with them the energy of the tail
 in the metric of the data and in K-FAC's:
@@ -20,8 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -31,10 +27,11 @@ from torch import Tensor, nn
 
 from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
 from lora_diag.linalg.exact import Factors
-from lora_diag.models.activations import input_of, linear_layers
+from lora_diag.models.activations import linear_layers
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Draw, Losses, backward, divergence, measure
-from lora_diag.models.opening import Model, Weights, pad_sequences
+from lora_diag.models.directions import Projection, run_backward, sides_of
+from lora_diag.models.losses import Draw, Losses, divergence, measure
+from lora_diag.models.opening import Model, Weights
 from lora_diag.models.swapping import FULL, Swapped, truncated_layers
 from lora_diag.probes.fisher import FisherOptions
 from lora_diag.probes.fisher.record import Effect, Fisher
@@ -106,14 +103,13 @@ def measure_effect(
 PASS_BYTES = 2 * 2**30
 
 
-@dataclass
-class FisherTail:
-    """One layer's ΔW = Σσ_i u_i v_iᵀ, and its running sums.
+class FisherTail(Projection):
+    """One layer's ΔW = Σσ_i u_i v_iᵀ, and its running sums; vectors are float64.
 
     Args:
         module: The layer.
-        s: Singular values, ``(k,)`` float64.
-        outer: Singular vectors on the side of the output, as columns ``(out, k)`` float64.
+        s: Singular values, ``(k,)``.
+        outer: Singular vectors on the side of the output, as columns ``(out, k)``.
         inner: Those on the side of the input, ``(in, k)``.
         fro: ‖ΔW‖_F.
 
@@ -123,63 +119,40 @@ class FisherTail:
         xx: Σ (Vᵀx)(Vᵀx)ᵀ.
         gg: Σ (Uᵀg)(Uᵀg)ᵀ.
         tokens: Number of inputs.
-        problem: Why the layer cannot be measured; empty if it can.
-        _terms: a_{s,i} of the sequences of the current batch; None before its first gradient.
     """
 
-    module: nn.Module
-    s: Tensor
-    outer: Tensor
-    inner: Tensor
-    fro: float
-    tokens: int = 0
-    problem: str = ""
-    _terms: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        """Set the sums to zero."""
-        k, zeros = len(self.s), self.outer.new_zeros
+    def __init__(
+        self, module: nn.Module, s: Tensor, outer: Tensor, inner: Tensor, fro: float
+    ) -> None:
+        super().__init__(module, s, outer, inner)
+        k, zeros = len(s), outer.new_zeros
+        self.fro = fro
+        self.tokens = 0
         self.squares = zeros(k + 1)
         self.total = zeros(k + 1)
         self.xx = zeros(k, k)
         self.gg = zeros(k, k)
 
     def take_input(self, x: Tensor, mask: Tensor) -> Tensor | None:
-        """Add the inputs of a batch; return Vᵀx of every token ``(sequences, tokens, k)``, or None
-        with a ``problem``.
-
-        Args:
-            x: ``(sequences, tokens, in)``, or ``(sequences, in)`` with one input per sequence.
-            mask: True for tokens other than padding, ``(sequences, tokens)``.
-        """
-        if x.shape[:-1] == mask.shape[:1]:
-            x, mask = x[:, None], torch.ones_like(mask[:, :1])
-        if x.shape[:-1] != mask.shape:
-            self.problem = "its inputs are not laid out by sequence and token"
-            return None
-        inner = (x.detach().to(torch.float64) @ self.inner) * mask[..., None]
-        rows = inner.reshape(-1, inner.shape[-1])
-        self.xx.addmm_(rows.T, rows)
-        self.tokens += int(mask.sum())
+        """Add the inputs of a batch; return Vᵀx of every token, as ``Projection`` does."""
+        inner = super().take_input(x, mask)
+        if inner is not None:
+            rows = inner.reshape(-1, inner.shape[-1])
+            self.xx.addmm_(rows.T, rows)
+            self.tokens += int(mask.sum()) if x.dim() > 2 else len(x)
         return inner
 
-    def take_gradient(self, g: Tensor, inner: Tensor) -> None:
-        """Add the output gradients of a batch, given the result of ``take_input``; padding has
-        none.
-        """
-        outer = g.detach().to(torch.float64).reshape(*inner.shape[:2], -1) @ self.outer
+    def take_gradient(self, g: Tensor, inner: Tensor) -> Tensor:
+        """Add the output gradients of a batch; return Uᵀg of every token."""
+        outer = super().take_gradient(g, inner)
         rows = outer.reshape(-1, outer.shape[-1])
         self.gg.addmm_(rows.T, rows)
-        # a_{s,i} = σ_i Σ_t (u_iᵀ g_t)(v_iᵀ x_t), summed over the uses of a layer in one pass.
-        terms = (outer * inner).sum(1) * self.s
-        if self._terms is not None:
-            terms += self._terms
-        self._terms = terms
+        return outer
 
     def end_batch(self) -> None:
         """Add the products ⟨∇ℓ_s, T_r⟩ of the batch and their squares to the sums."""
-        if self._terms is not None:
-            tails = _tail_sums(self._terms)
+        if (terms := self.terms()) is not None:
+            tails = _tail_sums(terms)
             self.squares += (tails**2).sum(0)
             self.total += tails.sum(0)
         self._terms = None
@@ -201,17 +174,9 @@ def _tail_sums(values: Tensor) -> Tensor:
 
 
 def tail_of(module: nn.Module, factors: Factors) -> FisherTail:
-    """Return the tail of a layer, with the singular vectors of its update on the sides of its input
-    and output.
-    """
-    device = next(module.parameters()).device
-    u, vh = factors.vectors
-    outer, inner = u.to(device, torch.float64), vh.T.to(device, torch.float64)
-    if not isinstance(module, nn.Linear):  # Conv1D stores (in, out)
-        outer, inner = inner, outer
-    return FisherTail(
-        module, factors.s.to(device), outer.contiguous(), inner.contiguous(), factors.fro
-    )
+    """Return the tail of a layer."""
+    s, outer, inner = sides_of(module, factors, torch.float64)
+    return FisherTail(module, s, outer, inner, factors.fro)
 
 
 def groups_of(
@@ -262,32 +227,12 @@ def accumulate(
     Returns:
         The number of predictions of the text.
     """
-    mask = torch.ones(1, 1, dtype=torch.bool)
-
-    def listen(tail: FisherTail) -> Callable[..., None]:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> None:
-            if tail.problem or not output.requires_grad:
-                return
-            if (inner := tail.take_input(input_of(args, kwargs), mask)) is not None:
-                output.register_hook(lambda g: tail.take_gradient(g, inner))  # type: ignore[no-untyped-call]
-
-        return hook
-
     predictions = 0
-    by_length = sorted(texts.sequences, key=lambda sequence: len(sequence.ids))
-    ordered = replace(texts, sequences=tuple(by_length))
-    with ExitStack() as hooks:
+    for _, losses in run_backward(model, texts, [*tails.values()], size, draw):
+        predictions += losses.tokens
         for tail in tails.values():
-            hooks.callback(tail.module.register_forward_hook(listen(tail), with_kwargs=True).remove)
-        for batch in ordered.batches(size):
-            is_token = [[True] * len(sequence.ids) for sequence in batch]
-            mask = pad_sequences(is_token, False).to(model.device)
-            predictions += sum(backward(model, batch, draw))
-            for tail in tails.values():
-                tail.end_batch()
-            after()
+            tail.end_batch()
+        after()
     for tail in tails.values():
         if not tail.problem and not tail.tokens:
             tail.problem = "no gradient reaches it on this text"

@@ -55,7 +55,7 @@ _FEATURES = (
         "probes.activations",
         "probes.sweep",
     ),
-    *("probes.sensitivity", "probes.fisher", "probes.curvature", "probes.intrinsic"),
+    *("probes.gain", "probes.sensitivity", "probes.fisher", "probes.curvature", "probes.intrinsic"),
 )
 
 # The path from understanding an update over training to shipping an adapter: the next step that a
@@ -65,6 +65,7 @@ PATH = (
     *("overlap", "interference"),
     *(
         "recover",
+        "probe gain",
         "probe fisher",
         "probe curvature",
         "probe sensitivity",

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from lora_diag.probes.activations.measure import probe_activations as probe_activations
     from lora_diag.probes.curvature.measure import probe_curvature as probe_curvature
     from lora_diag.probes.fisher.measure import probe_fisher as probe_fisher
+    from lora_diag.probes.gain.measure import probe_gain as probe_gain
     from lora_diag.probes.intrinsic.measure import probe_intrinsic as probe_intrinsic
     from lora_diag.probes.outputs.measure import probe_outputs as probe_outputs
     from lora_diag.probes.sensitivity.measure import probe_sensitivity as probe_sensitivity

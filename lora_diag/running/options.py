@@ -212,6 +212,7 @@ REFERENCE = Option(
     None, "Second full fine-tune, e.g. another seed, as a reference.", "TUNED2", panel=INPUTS
 )
 DATA = Option(REQUIRED, "Data: text, JSONL or datasets folder.", "FILE", panel=INPUTS)
+SHIFTED = Option((), "Text from another distribution; repeatable.", "FILE", panel=INPUTS)
 Labels = Literal["data", "model"]
 LABELS = Option(
     "data", "Labels of the loss: those of the text, or sampled from the model.", "data|model"
@@ -432,10 +433,7 @@ class HeldOut(TypedDict, total=False):
 class Shifted(HeldOut, total=False):
     """``HeldOut``, and evaluation sets of another distribution."""
 
-    shifted: Annotated[
-        Sequence[Path | str],
-        Option((), "Text from another distribution; repeatable.", "FILE", panel=INPUTS),
-    ]
+    shifted: Annotated[Sequence[Path | str], SHIFTED]
 
 
 class ModelOptions(Device, total=False):

@@ -156,7 +156,7 @@ class ProbeRun(Generic[G]):
         for path in models:
             check_exists(path)
         data = [options["data"]] if "data" in options else []
-        for path in (*options["eval"], *options.get("shifted", ()), *data):
+        for path in (*options.get("eval", ()), *options.get("shifted", ()), *data):
             check_texts(path)
 
     def read_sets(self, labels: Sequence[str | None] = ()) -> list[Texts]:

@@ -2,6 +2,7 @@
 in loss.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Required
 
@@ -15,10 +16,10 @@ from lora_diag.feature import (
 )
 from lora_diag.running.options import (
     DATA,
+    SHIFTED,
     LayerProbeOptions,
     MissingAlpha,
     Option,
-    Shifted,
 )
 
 NODES = Option(
@@ -29,10 +30,11 @@ LARGEST = Option(
 )
 
 
-class GainOptions(Shifted, LayerProbeOptions, MissingAlpha, total=False):
+class GainOptions(LayerProbeOptions, MissingAlpha, total=False):
     """Options of ``probe gain``."""
 
     data: Required[Annotated[Path | str, DATA]]
+    shifted: Annotated[Sequence[Path | str], SHIFTED]
     nodes: Annotated[int, NODES]
     top: Annotated[int | None, LARGEST]
 

@@ -240,7 +240,7 @@ class _Probe:
             sigma=tuple(integral.sigma),
             directions=tuple(float(f"{value:.6g}") for value in means),
             direction_errors=() if errors is None else tuple(float(f"{e:.3g}") for e in errors),
-            rest=total - float(means.sum()) if split else 0.0,
+            rest=total - float(means.sum()) if split and integral.has_whole else 0.0,
             negative=float(means[means < 0].sum()) if split else min(0.0, total),
             count_at={str(share): count_parts(means, total, share) for share in SHARES},
         )

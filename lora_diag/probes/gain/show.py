@@ -208,14 +208,17 @@ def _describe_directions(records: Sequence[LayerGain]) -> list[str]:
 
 def _describe_sum(gain: Gain, records: Sequence[LayerGain], on: str) -> Statement:
     """State how well the layers add up to the gain."""
+    sign = -1 if gain.shifted else 1
     error = f"error of quadrature about {number(_noise(records))} at most, summed over layers"
     if gain.residual is None:
-        text = f"{quantity(len(records), 'layer')} {gain.attributed:+.4f} nats of {gain.gain:+.4f}"
-        return make_statement("sum", f"Sum{on}", f"{text}; not all of the update; {error}")
+        text = f"{quantity(len(records), 'layer')} {sign * gain.attributed:+.4f} nats of "
+        text += f"{sign * gain.gain:+.4f}; not all of the update; {error}"
+        return make_statement("sum", f"Sum{on}", text)
     share = abs(gain.residual / gain.gain) if gain.gain else 0.0
-    text = f"the layers add up to {gain.attributed:+.4f}, residual {gain.residual:+.1e}"
+    text = f"the layers add up to {sign * gain.attributed:+.4f}, residual "
+    text += f"{sign * gain.residual:+.1e}"
     if is_significant(gain):
-        text += f" ({share:.2%} of the gain)"
+        text += f" ({share:.2%} of the change)"
     is_large = is_significant(gain) and share > LARGE_RESIDUAL
     text += "; use more --nodes" if is_large else f"; {error}"
     return make_statement("sum", f"Sum{on}", text, level="warning" if is_large else "note")
@@ -228,12 +231,12 @@ def _describe_path(gain: Gain, on: str) -> Statement:
     if gain.barrier > 0 and half is not None and gain.barrier > half:
         problems.append(f"the loss rises by {gain.barrier:.4f}{plus_minus(half)} on the way")
     lowest = min(range(len(gain.losses)), key=lambda index: gain.losses[index])
-    if lowest not in {0, len(gain.losses) - 1}:
+    if not gain.shifted and lowest not in {0, len(gain.losses) - 1}:
         problems.append(f"it is lowest at t = {gain.nodes[lowest]:.2f}: see probe strength")
     if gain.cancellation is not None and gain.cancellation > LARGE_CANCELLATION:
         problems.append(f"layers counteract one another, Σ|a|/|Σa| = {gain.cancellation:.1f}")
     along = ", ".join(f"{loss:.4f}" for loss in gain.losses)
     if not problems:
-        text = f"the loss falls all the way: {along}"
+        text = f"losses along it: {along}"
         return make_statement("path", f"Path{on}", text, priority=2)
     return make_statement("path", f"Path{on}", f"{'; '.join(problems)} (losses {along})")

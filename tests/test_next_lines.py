@@ -63,7 +63,7 @@ STARTS = (
     f"probe strength base lora {EVAL} -o t.jsonl",
     f"probe truncation base full {EVAL} --ranks 1,4",
     "probe fisher base full --data held_out.txt --length 64 -o f.jsonl",
-    "probe gain base lora --data held_out.txt --shifted task.txt --length 64 --nodes 3",
+    "probe gain base lora --data held_out.txt --shifted shifted.txt --length 64 --nodes 3",
     "lint base run/checkpoint-100",
 )
 

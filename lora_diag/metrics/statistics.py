@@ -455,6 +455,31 @@ def paired_errors(differences: Array, counts: Sequence[int]) -> Array | None:
     return errors
 
 
+def paired_ratio(
+    parts: Array, wholes: Array, counts: Sequence[int]
+) -> tuple[float | None, float | None]:
+    """Return Σ parts / Σ wholes over sequences, and its standard error by that of Σ(parts − ratio ·
+    wholes); None for Σ wholes = 0, no error for N = 1.
+
+    Args:
+        parts: A value of every sequence, summed over its predictions, ``(N,)``.
+        wholes: Another one, likewise.
+        counts: n_i.
+
+    Reference: Cochran 1977, Sampling Techniques, section 2.11 (ratio estimator).
+
+    Example:
+        >>> paired_ratio(np.array([1.0, 2.0]), np.array([2.0, 2.0]), [1, 1])
+        (0.75, 0.25)
+    """
+    whole = float(wholes.sum())
+    if not whole:
+        return None, None
+    ratio = float(parts.sum()) / whole
+    errors = paired_errors((parts - ratio * wholes)[:, None], counts)
+    return ratio, None if errors is None else float(errors[0]) * sum(counts) / abs(whole)
+
+
 def degrees_of_freedom(count: int) -> float:
     """Return the degrees of freedom of the standard error of ``paired_difference`` over so many
     sequences.

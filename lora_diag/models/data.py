@@ -251,6 +251,44 @@ class Texts:
         sequences = tuple(self.sequences[i * n // count] for i in range(count))
         return replace(self, sequences=sequences, notes=(*self.notes, note))
 
+    def split(self) -> tuple[Texts, Texts]:
+        """Return the first 60% and the last 30% of the sequences, of which one chooses and the
+        other judges: a gap is between them, because neighbours are alike.
+
+        Raises:
+            InputError: There are fewer than ten.
+        """
+        n = len(self.sequences)
+        if n < 10:
+            problem = f"{n} sequences are too few to split into a part that chooses and one that "
+            raise damaged(self.path, f"{problem}judges", "give another file as $eval, or more text")
+        first, last = 6 * n // 10, n - 3 * n // 10
+        chooses, judges = f"the first {first} of {n} choose", f"the last {n - last} judge"
+        return (
+            replace(self.first(first), notes=(*self.notes, chooses)),
+            replace(
+                self,
+                name=f"{self.name}-end",
+                sequences=self.sequences[last:],
+                notes=(*self.notes, judges),
+            ),
+        )
+
+    def apart_from(self, other: Texts) -> Texts:
+        """Return the set without the sequences that another set has too.
+
+        Raises:
+            InputError: These are more than half.
+        """
+        known = {sequence.ids for sequence in other.sequences}
+        own = tuple(sequence for sequence in self.sequences if sequence.ids not in known)
+        common = len(self.sequences) - len(own)
+        if common > len(own):
+            problem = f"{common} of {len(self.sequences)} sequences are also in {other.path}"
+            raise damaged(self.path, problem, "give text that did not choose")
+        note = f"{common} sequences that are also in {other.name} left out"
+        return replace(self, sequences=own, notes=(*self.notes, note)) if common else self
+
     def tail(self, count: int) -> Texts:
         """Return the same set with the last tokens of each sequence only."""
         cut = (Sequence(one.ids[-count:], one.labels[-count:]) for one in self.sequences)

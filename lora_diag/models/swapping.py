@@ -1,5 +1,5 @@
-"""In-place changes of a model's weights: W_0, W_0 + ΔW, W_0 + t·ΔW, or W_0 + ΔW_r, for the layers
-of a probe.
+"""In-place changes of a model's weights: W_0, W_0 + ΔW, W_0 + t·ΔW, W_0 + ΔW_r, or some singular
+directions of ΔW, for the layers of a probe.
 
 Only one layer's ΔW and its decomposition are in memory at a time. Between ranks only the leading
 singular triplets and σ² are kept, about as many numbers as in an adapter of the largest rank.
@@ -68,14 +68,32 @@ class _Leading:
     energy: float
 
 
+@dataclass(frozen=True, slots=True)
+class _State:
+    """The update of one layer.
+
+    Args:
+        rank: r of ΔW_r; ``FULL`` for all of ΔW, 0 for none.
+        strength: Its factor.
+        places: Singular directions: those kept for r = 0, those dropped for ``FULL``.
+    """
+
+    rank: int
+    strength: float = 1.0
+    places: tuple[int, ...] = ()
+
+
+_AS_BASE, _AS_TUNED = _State(0), _State(FULL)
+
+
 class Swapped:
-    """A model with the weights of BASE plus an update: none, all or a multiple of it, or its best
-    rank-r approximation.
+    """A model with the weights of BASE plus an update: none, all or a multiple of it, its best
+    rank-r approximation, or some of its singular directions.
 
     Args:
         model: BASE opened by transformers; changed in place.
         deltas: ΔW of every layer that can change.
-        max_rank: Largest rank that will be used.
+        max_rank: Largest rank that will be used; None for any.
 
     Attributes:
         absent: ΔW of tensors that the model does not have; never a matrix.
@@ -86,7 +104,7 @@ class Swapped:
             could not be read.
     """
 
-    def __init__(self, model: Model, deltas: Iterable[Delta], max_rank: int) -> None:
+    def __init__(self, model: Model, deltas: Iterable[Delta], max_rank: int | None) -> None:
         by_layer = {delta.layer: delta for delta in deltas}
         self._tensors = Weights(model.module).place(
             {layer: delta.shape for layer, delta in by_layer.items()}
@@ -100,9 +118,7 @@ class Swapped:
             raise damaged(missing, problem, "exclude it where the command has $exclude")
         self._max_rank = max_rank
         self._leading: dict[str, _Leading] = {}
-        self._states = dict.fromkeys(
-            self._deltas, (0, 1.0)
-        )  # rank and factor of the update in every layer
+        self._states = dict.fromkeys(self._deltas, _AS_BASE)
         for layer in self._deltas:
             self._check(layer)
 
@@ -118,9 +134,20 @@ class Swapped:
         for layer in self._deltas:
             rank = ranks.get(layer, others)
             rank = FULL if rank >= min(self._deltas[layer].shape) else rank
-            self._set(
-                layer, (rank, self._lengthening(layer, rank) if match_norm and rank > 0 else 1.0)
-            )
+            longer = self._lengthening(layer, rank) if match_norm and rank > 0 else 1.0
+            self._set(layer, _State(rank, longer))
+
+    def toggle(self, places: Mapping[str, Sequence[int]], others: int, keep: bool) -> None:
+        """Set layers to W_0 + Σσuvᵀ over some singular directions of ΔW, or to W_0 + ΔW − Σσuvᵀ.
+
+        Args:
+            places: Positions of the directions by layer, 0 for the largest σ.
+            others: ``FULL`` or 0: all or none of ΔW in layers that are not named.
+            keep: Whether the directions are kept, and not dropped.
+        """
+        for layer in self._deltas:
+            rank = others if layer not in places else 0 if keep else FULL
+            self._set(layer, _State(rank, places=tuple(places.get(layer, ()))))
 
     def scale(self, strengths: Mapping[str, float], others: float) -> None:
         """Set every layer to W_0 + t·ΔW; for t = 1 it has TUNED's values, for t = 0 those of BASE.
@@ -131,7 +158,7 @@ class Swapped:
         """
         for layer in self._deltas:
             strength = strengths.get(layer, others)
-            self._set(layer, (FULL, strength) if strength else (0, 1.0))
+            self._set(layer, _State(FULL, strength) if strength else _AS_BASE)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -144,12 +171,10 @@ class Swapped:
         yield
         self.arrange({})
 
-    def _set(self, layer: str, state: tuple[int, float]) -> None:
-        """Write the weight of one layer by rank and factor of its update, unless it is there
-        already.
-        """
+    def _set(self, layer: str, state: _State) -> None:
+        """Write the weight of one layer, unless it is there already."""
         if state != self._states[layer]:
-            self._put(layer, *state)
+            self._put(layer, state)
             self._states[layer] = state
 
     @property
@@ -180,12 +205,10 @@ class Swapped:
         kept = float(leading.squares[:rank].sum())
         return math.sqrt(leading.energy / kept) if kept else 1.0
 
-    def _put(self, layer: str, rank: int, strength: float) -> None:
-        """Write W_0 + t·ΔW_r of one layer; for ``FULL`` and t = 1, TUNED's values if they are
-        stored.
-        """
+    def _put(self, layer: str, state: _State) -> None:
+        """Write the weight of one layer; for all of ΔW, TUNED's values if they are stored."""
         delta, weight = self._deltas[layer], self._tensors[layer]
-        if rank == FULL and strength == 1 and isinstance(delta, StoredDelta):
+        if state == _AS_TUNED and isinstance(delta, StoredDelta):
             for (first, last), block in zip(
                 row_spans(delta.shape), row_blocks(delta.tuned, delta.shape), strict=True
             ):
@@ -193,17 +216,27 @@ class Swapped:
             return
         base_blocks, update = (
             row_blocks(_side_of_base(delta), delta.shape),
-            self._iterate_update(layer, rank),
+            self._iterate_update(layer, state.rank, state.places),
         )
         for (first, last), block, change in zip(
             row_spans(delta.shape), base_blocks, update, strict=True
         ):
-            weight[first:last].copy_(block.double() + strength * change)
+            weight[first:last].copy_(block.double() + state.strength * change)
 
-    def _iterate_update(self, layer: str, rank: int) -> Iterator[Tensor]:
-        """Yield ΔW_r in row blocks, float64; scalar zeros for rank 0."""
+    def _iterate_update(
+        self, layer: str, rank: int, places: tuple[int, ...] = ()
+    ) -> Iterator[Tensor]:
+        """Yield ΔW_r in row blocks, float64, with ``places`` as in ``_State``; scalar zeros for
+        rank 0.
+        """
         shape = self._deltas[layer].shape
-        if rank == FULL:
+        if places:
+            leading, sign = self._decompose_layer(layer), -1 if rank == FULL else 1
+            us, vh = leading.us[:, places], sign * leading.vh[list(places)].double()
+            rest = self._iterate_update(layer, rank)
+            for (first, last), block in zip(row_spans(shape), rest, strict=True):
+                yield block + us[first:last].double() @ vh
+        elif rank == FULL:
             yield from _load_finite(self._deltas[layer]).blocks(shape)
         elif rank == 0:
             yield from (torch.zeros((), dtype=torch.float64) for _ in row_spans(shape))

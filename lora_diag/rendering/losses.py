@@ -75,12 +75,13 @@ def caption_of(results: Results[Any], *records: Any) -> str:
 
     Args:
         results: The results, whose inputs are the texts.
-        records: One record with ``set``, ``shifted``, ``data`` and ``tokens`` of each set.
+        records: One record with ``set``, ``shifted``, ``data`` and ``tokens`` of each set, and
+            ``sequences`` where two sets may be parts of one file.
     """
     counts = {side.fingerprint: side.tensors for side in results.run.inputs}
     captions = []
     for record in records:
-        count = counts.get(record.data)
+        count = getattr(record, "sequences", None) or counts.get(record.data)
         size = f"{record.tokens} predictions"
         if count:
             size = f"{quantity(count, 'sequence')} of {record.tokens / count:.4g} predictions"

@@ -105,9 +105,10 @@ class Judge(Generic[C]):
         """
         todo = list_missing(self.records, self.texts, contenders)
         count = len(self.ends) + len(todo) + later
-        self.run.watch.total = count * self.run.batches(self.texts)
+        passes = count * self.run.batches(self.texts)
+        self.run.watch.total = self.run.watch.done + passes
         work = f"{count} losses on {quantity(len(self.texts), 'set')}"
-        self.run.estimate(self.texts[0], work, note)
+        self.run.estimate(self.texts[0], work, note, passes)
         for name, end in zip(("BASE", "TUNED"), self.ends, strict=False):
             losses = self.measure(end)
             require_finite(name, losses)

@@ -36,6 +36,7 @@ DIFFERENT = {
         ("--alpha", "--dtype", "--lr", "--optimizer", "--steps", "--tokens"),
         "lint takes what a configuration says of one run",
     ),
+    "--measure": "a probe has its own parts to leave out",
     "--to": "a format to merge into, or a service to send a report to",
     "--tuned": "gate measures it on --base; probe outputs also takes it as its first model",
 }

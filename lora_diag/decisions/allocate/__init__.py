@@ -33,7 +33,7 @@ class AllocateOptions(TypedDict, total=False):
         Path | str | Mapping[str, float] | None,
         Option(
             None,
-            "JSON object of factors by layer, or results of probe fisher.",
+            "Factors by layer (JSON), or results of probe fisher or gain.",
             "FILE",
             panel=INPUTS,
             former="weights",

@@ -73,7 +73,8 @@ class Allocation(LayerRecord):
             stack of experts); the layer's own name without its index, null for a layer on its own.
         source: ``gradients`` if the spectra are of gradients instead of an update.
         fisher: F(rank) if ranks were chosen by ``probe fisher``: half of it estimates the mean KL
-            per prediction of truncating this layer alone to its rank. Null otherwise.
+            per prediction of truncating this layer alone to its rank. If by ``probe gain``, Σa_i of
+            the directions beyond its rank that lower the loss. Null otherwise.
     """
 
     table: ClassVar[tuple[Shown | str, ...]] = (

@@ -1,8 +1,8 @@
 """``allocate``: distribute ranks over layers, with a bound on the distance from the optimum.
 
-``--layer-weights`` takes factors of energies, or results of ``probe fisher``, whose tails replace
-energies. Without a budget, the command gives the ranks of each layer by rules that use one
-spectrum; rules that need every singular value are undefined for a truncated one.
+``--layer-weights`` takes factors of energies, or results of ``probe fisher`` or ``probe gain``,
+whose tails replace energies. Without a budget, the command gives the ranks of each layer by rules
+that use one spectrum; rules that need every singular value are undefined for a truncated one.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from lora_diag.decisions.allocate.record import UNFINISHED, Allocation, Policies
 from lora_diag.decisions.targets import TrainingMemory, read_memory
 from lora_diag.decisions.trainers import PYTHON, YAML, format_settings
 from lora_diag.diagnostics.spectrum.record import Spectrum
+from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.files import CONFIG, RESULTS, Kind, check_output, check_outputs, write_whole
 from lora_diag.metrics.energy import energy_curve, gavish_donoho, knee
 from lora_diag.probes.fisher.record import Fisher
+from lora_diag.probes.gain.record import LayerGain
 from lora_diag.probes.sweep.verdict import swept_rate
 from lora_diag.records import Results, Run, RunInput, is_results_file, totals
 from lora_diag.records.file import write_results
@@ -60,11 +62,13 @@ class LayerWeights:
         described: Input for the run record; None for weights from the user.
         factors: Factors of the layers' energies.
         losses: F(0), F(1), … by layer, which replace the energies.
+        criterion: ``fisher`` or ``gain``, what the losses are; empty without them.
     """
 
     described: RunInput | None = None
     factors: dict[str, float] | None = None
     losses: dict[str, tuple[float, ...]] | None = None
+    criterion: str = ""
 
 
 def _require_finished(results: Results[Any], subject: Given | Path | str) -> None:
@@ -83,8 +87,8 @@ def _require_finished(results: Results[Any], subject: Given | Path | str) -> Non
 
 
 def _read_tails(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) -> LayerWeights:
-    """Return the tails F_ℓ(0), F_ℓ(1), … in results of ``probe fisher``, with the input for the run
-    record.
+    """Return the tails F_ℓ(0), F_ℓ(1), … in results of ``probe fisher`` or ``probe gain``, with the
+    input for the run record.
 
     Args:
         path: The results.
@@ -97,28 +101,32 @@ def _read_tails(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) 
             unfinished.
     """
     results = read_results(path)
-    if results.run.command != "probe fisher":
+    criterion = results.run.command.removeprefix("probe ")
+    if criterion not in {"fisher", "gain"}:
         raise InputError(
             Given("layer_weights", path),
             f"holds results of loradiag {results.run.command}",
-            "give those of probe fisher, or a JSON object of layer and factor",
+            "give those of probe fisher or gain, or a JSON object of layer and factor",
         )
     if not allow_unfinished:
         _require_finished(results, Given("layer_weights", path))
-    records = {record.layer: record for record in results.whole_of(Fisher)}
-    in_both = [record for record in spectra if record.layer in records]
+    records: dict[str, Fisher | LayerGain] = {r.layer: r for r in results.whole_of(Fisher)}
+    for layer in results.whole_of(LayerGain):
+        if layer.sigma and not layer.shifted:
+            records[layer.layer] = layer
+    in_both = [own for own in spectra if own.layer in records]
     if not in_both:
         raise UsageError(
             Given("layer_weights", path),
             "has no measurement of a layer of these spectra",
             "measure both on one BASE and TUNED",
         )
-    for record in in_both:
-        fro = record.fro if record.weights_fro is None else record.weights_fro
-        if abs(records[record.layer].fro - fro) > _SAME * fro:
+    for own in in_both:
+        fro = own.fro if own.weights_fro is None else own.weights_fro
+        if abs(records[own.layer].fro - fro) > _SAME * fro:
             raise InputError(
                 Given("layer_weights", path),
-                f"‖ΔW‖ of {record.layer} is {records[record.layer].fro:.4g}, but "
+                f"‖ΔW‖ of {own.layer} is {records[own.layer].fro:.4g}, but "
                 f"{fro:.4g} in the spectra",
                 "measure both on the same update",
             )
@@ -131,16 +139,17 @@ def _read_tails(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) 
         else []
     )
     first = records[in_both[0].layer]
-    kind = (
-        f"results of probe fisher, {first.sequences} gradients on {legible(first.set)}, labels "
-        f"of the {first.labels}"
-    )
+    kind = f"results of probe {criterion} on {legible(first.set)}"
+    if isinstance(first, Fisher):
+        kind += f", {first.sequences} gradients, labels of the {first.labels}"
     described = RunInput(
         role="weights", path=legible(path), kind=kind, tensors=len(in_both), notes=tuple(notes)
     )
-    return LayerWeights(
-        described, losses={record.layer: records[record.layer].fisher for record in in_both}
-    )
+    tails = {}
+    for own in in_both:
+        record = records[own.layer]
+        tails[own.layer] = record.fisher if isinstance(record, Fisher) else record.tails
+    return LayerWeights(described, losses=tails, criterion=criterion)
 
 
 def apply_rank_rules(record: Spectrum) -> Policies:
@@ -182,7 +191,8 @@ def allocate(
 
     Args:
         results: Results of ``spectrum``, or its file; if measured with ``recover``, recovered
-            layers use their recovered directions.
+            layers use their recovered directions. Or a file of ``probe gain``, which then also is
+            ``layer_weights``, and of whose update the spectra are measured.
         params: Budget: trainable parameters Σ r(d_in + d_out), such as ``10_000_000`` or ``"10M"``.
         total_rank: Budget: Σ r over the layers.
         memory_budget: Budget: bytes of the adapter, its gradients and its optimizer's state, such
@@ -196,8 +206,8 @@ def allocate(
             target: weights of layers other than embeddings, head, routers and short convolutions.
         exclude: No layers whose name contains a match.
         layer_weights: Factor of each layer's energy, by name (``default`` for the others), or a
-            JSON file of such; or results of ``probe fisher``: then Σ F_ℓ(r_ℓ) is minimized instead
-            of energy maximized.
+            JSON file of such; or results of ``probe fisher`` or ``probe gain``: then Σ F_ℓ(r_ℓ) is
+            minimized instead of energy maximized.
         portable: Give every layer rank 0 or one common rank (of ``allowed_ranks``, else powers of
             two and half-way between them): a config without patterns, which every program that
             serves the adapter scales alike.
@@ -237,6 +247,8 @@ def allocate(
     ranks_from = options["allowed_ranks"]
     allowed_ranks = None if ranks_from is None else tuple(sorted(set(ranks_from)))
     constraints = Constraints(options["min_rank"], options["max_rank"], allowed_ranks)
+    if not isinstance(results, Results) and weights is None and is_gain(results):
+        weights = options["layer_weights"] = results
     spectra, described = _read_spectra(results, allow_unfinished)
     layer_weights = _read_layer_weights(options, spectra)
     choose = partial(
@@ -274,6 +286,7 @@ def allocate(
             "relative": options["relative"],
             **({"portable": True} if portable else {}),
             **({"metric": metric} if metric != "weights" else {}),
+            **({"criterion": layer_weights.criterion} if layer_weights.criterion else {}),
             "optimizer": options["optimizer"] if has_memory else None,
             "adapter_dtype": options["adapter_dtype"] if has_memory else None,
         },
@@ -296,7 +309,7 @@ def _read_layer_weights(options: AllocateOptions, spectra: Results[Spectrum]) ->
     if options["relative"]:
         raise UsageError(
             Given("relative"),
-            "not available with $layer_weights of probe fisher, which uses no energy",
+            f"not available with $layer_weights of probe {tails.criterion}, which uses no energy",
             "remove one of them",
         )
     return tails
@@ -523,6 +536,17 @@ def _count_params(path: Path | str) -> int:
     return total
 
 
+def is_gain(path: Path | str) -> bool:
+    """Return whether a file holds results of ``probe gain``."""
+    return is_results_file(path) and read_results(path).run.command == "probe gain"
+
+
+def _measure_spectra(path: Path | str) -> Results[Spectrum]:
+    """Return the spectra of the update in results of ``probe gain``."""
+    sides = {side.role: side.path for side in read_results(path).run.inputs}
+    return spectrum(sides["base"], sides["adapter" if "adapter" in sides else "tuned"])
+
+
 def _read_spectra(
     results: Results[Spectrum] | Path | str, allow_unfinished: bool
 ) -> tuple[Results[Spectrum], RunInput]:
@@ -531,7 +555,12 @@ def _read_spectra(
     Raises:
         InputError: The results cannot be read, are unfinished, or hold no layer.
     """
-    spectra = results if isinstance(results, Results) else read_results_of(Spectrum, results)
+    if isinstance(results, Results):
+        spectra = results
+    elif is_gain(results):
+        spectra = _measure_spectra(results)
+    else:
+        spectra = read_results_of(Spectrum, results)
     path = "" if isinstance(results, Results) else legible(results)
     if not allow_unfinished:
         _require_finished(spectra, path or "these results")

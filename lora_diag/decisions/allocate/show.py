@@ -201,6 +201,10 @@ def allocation_lines(results: Results[Allocation]) -> list[Statement]:
 
 # Criterion of the ranks -> what fractions refer to, and the limits of the criterion.
 _CRITERIA = {
+    "gain": (
+        "Σa_i of the directions that lower the loss",
+        "a_i is a part of the gain along the straight path, not what training at these ranks gains",
+    ),
     "fisher": (
         "ΣF(0), the Fisher information of discarding the whole update",
         "F estimates the cost of truncating each layer alone on its text; the joint cost may "
@@ -227,9 +231,10 @@ def _describe_findings(results: Results[Allocation], certificate: Certificate) -
     """
     settings = results.run.settings
     portable = settings.get("portable")
-    is_fisher = any(record.fisher is not None for record in results)
-    whole, limits = _CRITERIA["fisher" if is_fisher else settings.get("metric", "weights")]
-    if not is_fisher and settings.get("layer_weights") is not None:
+    is_loss = any(record.fisher is not None for record in results)
+    by_loss = settings.get("criterion", "fisher")
+    whole, limits = _CRITERIA[by_loss if is_loss else settings.get("metric", "weights")]
+    if not is_loss and settings.get("layer_weights") is not None:
         whole = whole.replace("energy", "weighted energy")
     if settings.get("relative"):
         whole += ", each layer's counted as 1"
@@ -241,7 +246,7 @@ def _describe_findings(results: Results[Allocation], certificate: Certificate) -
         make_statement("allocated", "Allocated", *_describe_ranks(results)),
         make_statement("budget", "Budget", _describe_budget(results, certificate)),
         make_statement("heads", "Heads", *_describe_heads(results, certificate)),
-        make_statement("keeps", "Energy kept", *keeps),
+        make_statement("keeps", "Gain kept" if by_loss == "gain" else "Energy kept", *keeps),
     ]
     if portable:
         refusals = _describe_refusals(results)

@@ -20,6 +20,20 @@ class ExtractOptions(FolderOptions, total=False):
         Path | str | None,
         Option(None, "Ranks from allocate: results or adapter_config.json.", "FILE", panel=INPUTS),
     ]
+    directions: Annotated[
+        Path | str | None,
+        Option(
+            None,
+            "Choose by gain, from probe gain; with --params, --keep or --drop.",
+            "FILE",
+            panel=INPUTS,
+        ),
+    ]
+    keep: Annotated[
+        float | None,
+        Option(None, "Fewest measured directions that keep this part of the gain.", "FRACTION"),
+    ]
+    drop: Annotated[bool, Option(False, "All directions but those that cost more than they gain.")]
     signal: Annotated[
         bool, Option(False, "Ranks: singular values above the files' rounding noise.")
     ]

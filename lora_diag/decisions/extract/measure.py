@@ -7,7 +7,7 @@ The rank is one value for all layers, or follows from a rule or an allocation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,11 +52,18 @@ from lora_diag.linalg.distance import frobenius_distance
 from lora_diag.linalg.exact import Factors, decompose_factored
 from lora_diag.linalg.methods import Allowance
 from lora_diag.metrics.energy import energy_curve, rank_at
+from lora_diag.probes.gain.choice import Direction
 from lora_diag.records import LeftOut, Results, is_results_file
 from lora_diag.records.vocabulary import Hidden
 from lora_diag.running.amounts import read_count, read_share
 
-RANK_OPTIONS = "$rank R, $energy FRACTION, $params N, $allocation FILE or $signal"
+RANK_OPTIONS = "$rank R, $energy FRACTION, $params N, $allocation FILE, $directions FILE or $signal"
+
+
+def list_amounts(options: ExtractOptions) -> dict[str, Any]:
+    """Return the given options of those that say how many ``directions`` to take."""
+    values = {"params": options["params"], "keep": options["keep"], "drop": options["drop"]}
+    return {name: value for name, value in values.items() if value}
 
 
 def read_rank_option(options: ExtractOptions) -> tuple[str, Any]:
@@ -64,8 +71,9 @@ def read_rank_option(options: ExtractOptions) -> tuple[str, Any]:
     number.
 
     Args:
-        options: All options; of ``rank``, ``energy``, ``params``, ``allocation`` and ``signal``
-            exactly one is given.
+        options: All options; of ``rank``, ``energy``, ``params``, ``allocation``, ``directions``
+            and ``signal`` exactly one is given, but ``directions`` with one of
+            ``list_amounts``.
 
     Raises:
         UsageError: Not exactly one is given, or a number is out of range.
@@ -76,16 +84,29 @@ def read_rank_option(options: ExtractOptions) -> tuple[str, Any]:
         "energy": energy,
         "params": params,
         "allocation": options["allocation"],
+        "directions": options["directions"],
         "signal": options["signal"] or None,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    amounts = list_amounts(options)
+    if options["directions"] is not None:
+        given.pop("params", None)
+        if len(amounts) != 1:
+            problem = "needs exactly one amount"
+            fix = "give $params N, $keep FRACTION or $drop"
+            raise UsageError(Given("directions"), problem, fix)
+    elif options["drop"] or options["keep"] is not None:
+        name = "drop" if options["drop"] else "keep"
+        raise UsageError(Given(name), "needs a choice by gain", "give $directions FILE")
     if len(given) != 1:
         raise UsageError("extract", "ranks need exactly one option", f"give {RANK_OPTIONS}")
     if rank is not None and rank < 1:
         raise UsageError(Given("rank", rank), "must be a whole number from 1 up")
     if energy is not None:
         read_share(energy, "energy")
-    if params is not None:
+    if options["keep"] is not None:
+        read_share(options["keep"], "keep")
+    if "params" in given:
         return "params", read_count(str(params), "params")
     return next(iter(given.items()))
 
@@ -119,6 +140,24 @@ def choose_rank_rules(
     else:
         return dict.fromkeys(targets, Rank(**{"at_most" if name == "rank" else name: value}))
     return {layer: Rank(ranks.get(layer, 0)) for layer in targets}
+
+
+def choose_ranks_of(directions: Iterable[Direction], targets: Collection[str]) -> dict[str, Rank]:
+    """Return the rule for every layer, by chosen directions.
+
+    Raises:
+        InputError: One is of an unknown layer.
+    """
+    chosen: dict[str, list[tuple[int, float]]] = {layer: [] for layer in targets}
+    for direction in directions:
+        if direction.layer not in chosen:
+            problem = "gets directions by the results, but is not among the layers"
+            raise InputError(direction.layer, problem, "use the same pair, $layers and $exclude")
+        chosen[direction.layer].append((direction.place, direction.sigma))
+    return {
+        layer: Rank(max((place + 1 for place, _ in own), default=0), tuple(sorted(own)))
+        for layer, own in chosen.items()
+    }
 
 
 def _allocate_layers(
@@ -155,6 +194,9 @@ Kind = Literal["linear", "conv1d", "embedding", "convolution", "parameter"]
 # column.
 NUMERICALLY_ZERO = 1e-10
 
+# Singular values of two measurements of one update differ by at most this fraction of the largest.
+SAME_SIGMA = 1e-3
+
 # Dtypes that PEFT reads.
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -164,15 +206,18 @@ Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """The rule for the rank of a layer; exactly one field is set.
+    """The rule for the rank of a layer; exactly one field is set, but ``at_most`` with
+    ``directions``.
 
     Args:
         at_most: r, or less if the matrix or its rank is smaller.
+        directions: Singular directions to choose from the r leading ones: position and σ of each.
         energy: The smallest r with C(r) ≥ this fraction.
         signal: Whether r is the number of singular values above the rounding noise of the files.
     """
 
     at_most: int | None = None
+    directions: tuple[tuple[int, float], ...] = ()
     energy: float | None = None
     signal: bool = False
 
@@ -292,6 +337,8 @@ def _extract(
         plain = spectrum = change.decompose(
             settings.method, rank, False, settings.tol, settings.seed
         )
+    if layer.rank.directions:
+        factors, rank = _select(best, layer), len(layer.rank.directions)
     curve = _compute_curve(plain, rank)
     if settings.match_norm:
         lengthened = plain.fro / float(torch.linalg.vector_norm(factors.s[:rank]))
@@ -312,6 +359,7 @@ def _extract(
         epsilon=_compute_gap(change, b.to(device), a.to(device), layer.shape) / plain.fro,
         epsilon_min=math.sqrt(1 - float(curve[-1])),
         lengthened=lengthened,
+        places=tuple(place for place, _ in layer.rank.directions) or None,
         fro=plain.fro,
         base_fro=change.base_fro,
         dtype=settings.dtype,
@@ -321,6 +369,24 @@ def _extract(
         hidden=hidden,
         data=data,
     )
+
+
+def _select(factors: Factors, layer: ExtractLayer) -> Factors:
+    """Return the chosen singular directions.
+
+    Raises:
+        InputError: The update has other singular values than those that were chosen.
+    """
+    places = [place for place, _ in layer.rank.directions]
+    for place, sigma in layer.rank.directions:
+        found = float(factors.s[place]) if place < len(factors.s) else 0.0
+        if abs(found - sigma) > SAME_SIGMA * float(factors.s[0]):
+            problem = (
+                f"its singular value {place + 1} is {found:.4g}, but {sigma:.4g} in the results"
+            )
+            raise InputError(layer.layer, problem, "give $directions measured on the same update")
+    u, vh = factors.vectors
+    return replace(factors, s=factors.s[places], u=u[:, places], vh=vh[places])
 
 
 def _store_factors(

@@ -91,6 +91,8 @@ class Extraction(Lineage, LayerRecord):
             ``energy_error``.
         lengthened: ‖ΔW‖_F / ‖ΔW_r‖_F, by which the factors are multiplied (``--match-norm``);
             ``epsilon`` is then above ``epsilon_min``. Null if they are not.
+        places: Positions of the singular directions in the factors, 0 for the largest σ; null for
+            the leading ones. ``epsilon`` is then above ``epsilon_min``.
         fro: ‖ΔW‖_F.
         base_fro: ‖W_base‖_F; null for an update given by factors, for which W_base is not read.
         dtype: Dtype of the stored factors.
@@ -206,6 +208,7 @@ class Extraction(Lineage, LayerRecord):
     hidden: Hidden | None = None
     blocks: Count | None = None
     lengthened: Ratio | None = None
+    places: tuple[int, ...] | None = None
 
     @property
     def estimated(self) -> bool:
@@ -225,9 +228,10 @@ class Extraction(Lineage, LayerRecord):
     @property
     def retained(self) -> Share:
         """Fraction of ‖ΔW‖_F² that these factors keep: ``kept``, or 1 − ε² if they are optimal in
-        another metric.
+        another metric, or chosen otherwise.
         """
-        return self.kept if self.data is None else max(0.0, 1 - self.epsilon**2)
+        is_leading = self.data is None and self.places is None
+        return self.kept if is_leading else max(0.0, 1 - self.epsilon**2)
 
     @property
     def signal_rank(self) -> int | None:

@@ -21,7 +21,9 @@ from lora_diag.decisions.extract.measure import (
     ExtractLayer,
     Rank,
     choose_rank_rules,
+    choose_ranks_of,
     estimate_bytes,
+    list_amounts,
     read_rank_option,
 )
 from lora_diag.decisions.extract.measure import extract as factor
@@ -34,8 +36,11 @@ from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import Given, InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.layers.lineage import make_unrelated_error
 from lora_diag.linalg.methods import check_request
+from lora_diag.probes.gain.choice import Chosen, choose_directions
+from lora_diag.probes.gain.show_losses import describe_chosen
 from lora_diag.probes.sweep.verdict import swept_rate
 from lora_diag.records import LeftOut, Results, Run
+from lora_diag.running.amounts import read_count
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import (
     NEEDS_ACTIVATIONS,
@@ -79,7 +84,7 @@ def extract(
     By default, B·A = U_r Σ_r V_rᵀ in every layer, the nearest matrix of rank r to ΔW in the
     Frobenius and the spectral norm (Eckart and Young 1936). ε = ‖ΔW − B·A‖_F / ‖ΔW‖_F is computed
     from the stored factors in their dtype. Exactly one of ``rank``, ``energy``, ``params``,
-    ``allocation`` and ``signal`` is given.
+    ``allocation``, ``directions`` and ``signal`` is given.
 
     Args:
         base: Base checkpoint.
@@ -90,6 +95,10 @@ def extract(
         params: Largest number of parameters of the adapter, such as ``"10M"``, allocated as by
             ``allocate``; with ``portable``, of the padded factors.
         allocation: Results file of ``allocate``, or an ``adapter_config.json`` or its folder.
+        directions: Results of ``probe gain``: instead of the leading directions, those with the
+            largest gain per parameter. With one of the next two, or ``params``.
+        keep: The fewest directions that were measured to keep this fraction of the gain.
+        drop: All but those that were measured to be best dropped.
         signal: r is the number of singular values above the files' rounding noise.
         recover: Factor the estimated update before rounding, E[X | cells], in layers where rounding
             hides it and its directions are significant, see ``recover``; the other layers as
@@ -149,6 +158,10 @@ def extract(
     rank_name, rank_value = read_rank_option(options)
     rank_words = [f"--{rank_name}", *([] if rank_value is True else [str(rank_value)])]
     _check_options(options)
+    chosen = _choose_directions(options)
+    if chosen is not None:
+        ((name, amount),) = list_amounts(options).items()
+        rank_words += [f"--{name}", *([] if amount is True else [str(amount)])]
     rate = None if options["sweep"] is None else swept_rate(options["sweep"])
     common = select_options(FolderOptions, options)
     run = LayerRun("extract", {**common, "output": folder.records}, LayerOptions)
@@ -163,7 +176,10 @@ def extract(
         moments = second_moments(activations, planned.base, compared.pairing, kfac=kfac)
     tasks: list[ExtractLayer] = []
     if not folder.whole:
-        rules = _choose_rules(base, tuned, planned, folder, options)
+        if chosen is not None:
+            rules = choose_ranks_of(chosen.directions, planned.targets)
+        else:
+            rules = _choose_rules(base, tuned, planned, folder, options)
         tasks = _make_tasks(compared.pairing, planned, rules, moments, kfac)
     files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
     run.layout(tasks)  # raises an error on the memory limit before the folder is created
@@ -178,7 +194,8 @@ def extract(
             write_in_format(planned, folder, results, results.left_out, files, name, form, metadata)
         words = [*map(legible, ("loradiag", "extract", str(base), str(tuned))), *rank_words]
         words += [*_list_words(options, results.run), "-o", legible(output)]
-        folder.finish(extraction_card(results, name, shlex.join(words), rate))
+        measured = "" if chosen is None else describe_chosen(chosen)
+        folder.finish(extraction_card(results, name, shlex.join(words), rate, measured))
 
     *other_inputs, tuned_input = compared.inputs
     return run.over(
@@ -219,6 +236,9 @@ def _check_options(options: ExtractOptions) -> None:
         raise UsageError(
             Given("match_norm"), "matches the norm of the weights", "remove it or $activations"
         )
+    if options["directions"] is not None and (options["recover"] or activations is not None):
+        other = "recover" if options["recover"] else "activations"
+        raise UsageError(Given("directions"), "are those of ΔW itself", f"remove ${other}")
     if options["kfac"] and activations is None:
         raise UsageError(Given("kfac"), *NEEDS_ACTIVATIONS)
     if _is_portable(options) and options["unfactored"] == "save":
@@ -228,6 +248,15 @@ def _check_options(options: ExtractOptions) -> None:
             f"{kind} cannot store weights in full",
             "remove one of the two",
         )
+
+
+def _choose_directions(options: ExtractOptions) -> Chosen | None:
+    """Return the directions to keep; None where the leading ones are."""
+    path, params = options["directions"], options["params"]
+    if path is None:
+        return None
+    budget = None if params is None else read_count(str(params), "params")
+    return choose_directions(path, budget, options["keep"], options["drop"])
 
 
 def _is_portable(options: ExtractOptions) -> bool:
@@ -256,7 +285,7 @@ def _make_settings(options: ExtractOptions) -> dict[str, Any]:
 
 def _list_words(options: ExtractOptions, run: Run) -> list[str]:
     """Return the words of the command in the model card, without the paths and the ranks."""
-    words = list_words(ExtractOptions, run, "allocation", "params", "energy", "rank")
+    words = list_words(ExtractOptions, run)
     if options["activations"] is not None:
         words += ["--activations", legible(options["activations"])]
         words += ["--kfac"] if options["kfac"] else []

@@ -52,7 +52,11 @@ _USAGE = {
 
 
 def extraction_card(
-    results: Results[Extraction], base_name: str, command: str, rate: str | None = None
+    results: Results[Extraction],
+    base_name: str,
+    command: str,
+    rate: str | None = None,
+    measured: str = "",
 ) -> str:
     """Return the ``README.md`` of an adapter folder.
 
@@ -61,10 +65,13 @@ def extraction_card(
         base_name: The base model.
         command: The command that wrote it.
         rate: The learning rate for further training, and its source; None to omit it.
+        measured: How directions were chosen by their gain, and the measured losses; else empty.
     """
     layers = results.layers
     weighted = any(record.data for record in results)
     method = "truncated singular value decomposition"
+    if measured:
+        method = "choice of singular directions"
     if weighted:
         method = "truncation in the metric of activations"
     body = [
@@ -75,6 +82,8 @@ def extraction_card(
         "on the factors in the file); the lower bound for adapters of these ranks is "
         f"{number(pooled(layers, 'least_epsilon'))}."
     ]
+    if measured:
+        body.append(measured)
     if length := _describe_length(results):
         body.append(f"It is {length}.")
     if estimate := _describe_estimate(results):

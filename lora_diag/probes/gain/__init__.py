@@ -2,7 +2,6 @@
 in loss.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Required
 
@@ -12,14 +11,15 @@ from lora_diag.feature import (
     TUNED_ARGUMENT,
     Command,
     Feature,
+    Figure,
     Section,
 )
 from lora_diag.running.options import (
     DATA,
-    SHIFTED,
     LayerProbeOptions,
     MissingAlpha,
     Option,
+    Shifted,
 )
 
 NODES = Option(
@@ -28,13 +28,16 @@ NODES = Option(
 LARGEST = Option(
     None, "Split only the K largest singular directions of a layer; default: all.", "K", least=1
 )
+MEASURE = Option(False, "Also measure the loss without each row's update, and with it alone.")
+BY = Option("type", "Rows: module types or layers.", "type|layer")
 
 
-class GainOptions(LayerProbeOptions, MissingAlpha, total=False):
+class GainOptions(Shifted, LayerProbeOptions, MissingAlpha, total=False):
     """Options of ``probe gain``."""
 
     data: Required[Annotated[Path | str, DATA]]
-    shifted: Annotated[Sequence[Path | str], SHIFTED]
+    measure: Annotated[bool, MEASURE]
+    by: Annotated[str, BY]
     nodes: Annotated[int, NODES]
     top: Annotated[int | None, LARGEST]
 
@@ -48,17 +51,28 @@ FEATURE = Feature(
             help="Gain in loss of each layer and direction of the update.",
             question="Which layers and directions carry the gain?",
             examples=(
-                "probe gain base/ adapter/ --data text.txt --shifted other.txt -o gain.jsonl",
+                "probe gain base/ adapter/ --data text.txt --eval held_out.txt -o gain.jsonl",
             ),
             arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
             options=(GainOptions,),
+            shows=("json", "quiet", "verbose"),
+            suggest=".show_losses:suggest_next",
             hints=(SAVE_PROBE,),
         ),
     ),
-    records=(".record:LayerGain", ".record:Gain"),
+    records=(".record:LayerGain", ".record:Gain", ".record:GainLoss"),
     functions=(".measure:probe_gain",),
     statements=".show:gain_lines",
     grids=".show:gain_grids",
     section=Section("Gain by layer and direction", per="layer", order=12),
+    figures=(
+        Figure(
+            "gain",
+            "where the gain in loss is: by directions, layers and depth",
+            needs="layer_gain",
+            made_by="loradiag probe gain BASE TUNED --data FILE --eval FILE -o gain.jsonl",
+            by_color=False,
+        ),
+    ),
     questions=(("where", "Which layers and directions carry the gain?"),),
 )

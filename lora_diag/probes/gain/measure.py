@@ -19,12 +19,14 @@ import numpy as np
 from lora_diag.deltas import selector
 from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
 from lora_diag.metrics.statistics import paired_errors
-from lora_diag.models.data import Texts
+from lora_diag.models.data import Texts, check_names, name_apart
 from lora_diag.models.directions import run_backward
 from lora_diag.models.losses import Draw, Losses
 from lora_diag.models.swapping import Swapped
 from lora_diag.probes.gain import GainOptions
+from lora_diag.probes.gain.choice import THRESHOLDS
 from lora_diag.probes.gain.integral import Integral, Layer, groups_of, layers_of
+from lora_diag.probes.gain.parts import SEARCH, Parts, list_groups
 from lora_diag.probes.gain.quadrature import Quadrature
 from lora_diag.probes.gain.record import Gain, LayerGain, count_parts
 from lora_diag.records import LeftOut, Results
@@ -53,14 +55,21 @@ def probe_gain(base: Path | str, tuned: Path | str, **options: Unpack[GainOption
         base: Base model: a folder that transformers can open.
         tuned: Fine-tuned checkpoint or adapter.
         data: Text, JSONL or data set whose loss is attributed.
-        shifted: One file of another distribution, for the same integral of its loss.
+        eval: One file that judges choices: the smallest uniform rank and number of directions that
+            keep 90% of its gain are found. For the file of ``data``, the first 60% of each text
+            choose and the last 30% judge.
+        shifted: One file of another distribution, for the same integral of its loss; with ``eval``
+            also the losses on both without what could be dropped. It is split likewise.
+        measure: Measure the loss without, and with only, the update of each module type or layer.
+        by: ``type`` or ``layer``.
         nodes: Number K of nodes, odd.
         top: Number of largest singular directions to split; the others are one term.
         layers: Only these are attributed; the path moves all of ΔW.
         **options: ``GainOptions``.
 
     Returns:
-        The records are in ``whole``: one ``LayerGain`` per layer and text, one ``Gain`` per text.
+        The records are in ``whole``: one ``LayerGain`` per layer and text, one ``Gain`` per text,
+            one ``GainLoss`` per measured part of the update and text.
 
     Raises:
         UsageError: An option is invalid, BASE is an adapter, the output can be neither replaced nor
@@ -86,13 +95,13 @@ def probe_gain(base: Path | str, tuned: Path | str, **options: Unpack[GainOption
     run = ProbeRun("probe gain", options, GainOptions)
     if run.options["nodes"] % 2 == 0:
         raise UsageError(Given("nodes", run.options["nodes"]), "must be odd")
-    shifted = run.options["shifted"]
-    if len(shifted) > 1:
-        raise UsageError(Given("shifted"), "one other text is attributed", "give one file")
+    for name in ("eval", "shifted"):
+        if len(run.values[name]) > 1:
+            raise UsageError(Given(name), "takes one text here", "give one file")
     run.check_files(base, tuned, needs_set=False)
     compared = run.compare(base, tuned)
     model = run.open(base)
-    swapped = Swapped(model, compared.pairing.deltas, 0)
+    swapped = Swapped(model, compared.pairing.deltas, run.options["top"])
     deltas = {delta.layer: delta for delta in compared.pairing.deltas}
     moved = {name: deltas[name] for name in swapped.layers}
     is_selected = selector(**run.selection)
@@ -104,17 +113,22 @@ def probe_gain(base: Path | str, tuned: Path | str, **options: Unpack[GainOption
             "no changed layer is selected that the model has",
             "change $layers or $exclude",
         )
-    sets = [run.read(run.options["data"]), *(run.read(path, shifted=True) for path in shifted)]
+    chooses, judges = _read_texts(run)
+    sets = [*chooses, *judges]
+    groups = len(list_groups(layers, run.options["by"])) + 2
 
     def probe() -> _Probe:
         rule = Quadrature.of(run.options["nodes"])
         return _Probe(run, swapped, layers, rule, len(layers) == len(moved))
 
     def count_tokens() -> float:
-        passes = _BACKWARD * len(probe().groups(layers, sets[0])) * run.options["nodes"]
-        return passes * run.count_tokens(sets)
+        passes = _BACKWARD * len(probe().groups(layers, chooses[0])) * run.options["nodes"]
+        passes += groups * run.options["measure"]
+        losses = (2 * SEARCH + len(THRESHOLDS)) * run.count_tokens(judges)
+        return passes * run.count_tokens(chooses) + losses
 
     texts = run.fit(sets, count_tokens, (*SEQUENCES, ("nodes", 3)))
+    chooses, judges = texts[: len(chooses)], texts[len(chooses) :]
 
     def measure_missing(records: RunRecords[Any]) -> list[LeftOut]:
         missing = {
@@ -123,14 +137,43 @@ def probe_gain(base: Path | str, tuned: Path | str, **options: Unpack[GainOption
             )
             for layer, problem in problems.items()
         }
-        probe().report_cost(texts)
-        for each in texts:
+        probe().report_cost(chooses)
+        for each in chooses:
             missing |= probe().measure(each, records)
+        parts = Parts(run, swapped, records)
+        if run.options["measure"]:
+            parts.measure_groups(chooses, run.options["by"])
+        if judges:
+            parts.measure_choices(judges)
         return [*left_out(compared.pairing, swapped.absent), *missing.values()]
 
-    settings = {**run.settings("nodes", "top"), **run.selection}
-    described = [describe_texts(each, None if each.shifted else "data") for each in texts]
+    settings = {**run.settings("nodes", "top", "measure", "by"), **run.selection}
+    described = [describe_texts(chooses[0], "data"), *map(describe_texts, texts[1:])]
     return run.over([*compared.inputs, *described], settings, measure_missing)
+
+
+def _read_texts(run: ProbeRun[GainOptions]) -> tuple[list[Texts], list[Texts]]:
+    """Return the texts whose loss is attributed, and those that judge choices; the shifted ones are
+    last.
+
+    Raises:
+        UsageError: Two texts have one name.
+        InputError: A text cannot be read or split, or one that judges also chose.
+    """
+    options = run.options
+    data = run.read(options["data"])
+    judges = [run.read(path) for path in options["eval"]]
+    if judges and judges[0].hash == data.hash:
+        judges = []
+    shifted = [run.read(path, shifted=True) for path in options["shifted"]]
+    labels = ["data", *("eval" for _ in judges), *("shifted" for _ in shifted)]
+    data, *rest = name_apart([data, *judges, *shifted], labels)
+    check_names([data, *rest])
+    judges, shifted = rest[: len(judges)], rest[len(judges) :]
+    if not options["eval"]:
+        return [data, *shifted], []
+    pairs = [(data, judges[0]) if judges else data.split(), *(one.split() for one in shifted)]
+    return [chooses for chooses, _ in pairs], [judge.apart_from(own) for own, judge in pairs]
 
 
 @dataclass(frozen=True)

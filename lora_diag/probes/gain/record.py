@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from lora_diag.records.base import Count, Nats, Norm, WholeRecord
+from lora_diag.metrics.statistics import paired_half
+from lora_diag.records.base import Count, Nats, Norm, Shown, WholeRecord
 
 
 def count_parts(values: Iterable[float], total: float, share: float) -> int | None:
@@ -74,6 +76,14 @@ class LayerGain(WholeRecord):
         return self.fro**2
 
     @property
+    def tails(self) -> tuple[float, ...]:
+        """Σ_{i>r} a_i over the directions that lower the loss, for r = 0, 1, …, in the order of σ:
+        the gain that ΔW_r leaves out by attribution.
+        """
+        positive = [max(gain, 0.0) for gain in self.directions]
+        return tuple(reversed([*accumulate(reversed(positive), initial=0.0)]))
+
+    @property
     def parts(self) -> list[tuple[float, float]]:
         """Gain and energy of each direction; of the whole layer if it is not split."""
         if not self.sigma:
@@ -125,3 +135,74 @@ class Gain(WholeRecord):
     base_nll: tuple[Nats, ...]
     tuned_nll: tuple[Nats, ...]
     predictions: tuple[Count, ...]
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences."""
+        return len(self.predictions)
+
+
+Subject = Literal["base", "tuned", "without", "alone", "uniform", "directions", "dropped"]
+
+
+class GainLoss(WholeRecord):
+    """The measured loss of BASE with a part of the update. What is not split into directions is as
+    in TUNED, except for ``base`` and ``alone``.
+
+    Args:
+        set: Name of the text.
+        shifted: Whether it is of another distribution.
+        subject: The part: ``without`` or ``alone``, all but ``name`` or only it; ``uniform``,
+            ΔW_r of every layer with r = ``amount``; ``directions``, so many with the largest gain
+            per parameter; ``dropped``, all but so many whose gain is at most the fraction ``name``
+            of what they cost on a shifted text; or none of it, ``base``, or all, ``tuned``.
+        name: The module type, layer or fraction; empty otherwise.
+        amount: The rank, or number of directions; 0 otherwise.
+        params: Σ(out + in) over the directions that are kept; null where they are not counted.
+        data: Hash of the text.
+        tokens: Number of predictions.
+        sequences: Number of sequences.
+        loss: Loss in nats.
+        gap: Loss minus that of TUNED.
+        gap_error: Its standard error, from paired differences of blocks of sequences; null for one
+            sequence.
+        kept: (loss_base − loss) / (loss_base − loss_tuned); null if TUNED's is BASE's.
+        kept_error: Its standard error, likewise.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("set", "subject", "name", "amount")
+    record: Literal["gain_loss"] = "gain_loss"
+    set: str
+    shifted: bool = False
+    subject: Subject
+    name: str = ""
+    amount: Count = 0
+    params: Annotated[Count | None, Shown(form="count", terminal=True)] = None
+    data: str
+    tokens: Count
+    sequences: Count
+    loss: Annotated[Nats, Shown(main=True, form=".4f")]
+    gap: Annotated[
+        Nats,
+        Shown(title="to TUNED", main=True, form="+.4f", error="gap_error", sequences="sequences"),
+    ]
+    gap_error: Nats | None
+    kept: Annotated[
+        float | None,
+        Shown(
+            title="gain kept",
+            main=True,
+            form=".3f",
+            drop=1,
+            error="kept_error",
+            sequences="sequences",
+        ),
+    ]
+    kept_error: float | None
+
+    def half(self, comparisons: int = 1) -> float:
+        """Return half of the interval of ``gap``, of 95% for so many comparisons together; infinite
+        without an error.
+        """
+        half = paired_half(self.gap_error, self.sequences, comparisons)
+        return math.inf if half is None else half

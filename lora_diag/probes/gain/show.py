@@ -11,8 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from lora_diag.metrics.statistics import paired_errors, paired_half
+from lora_diag.metrics.statistics import paired_errors, paired_half, paired_ratio
 from lora_diag.probes.gain.record import Gain, LayerGain, count_parts
+from lora_diag.probes.gain.show_losses import (
+    choice_grids,
+    choice_lines,
+    format_share,
+    group_columns,
+)
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of
 from lora_diag.rendering.losses import caption_of, probe_summary
@@ -28,10 +34,11 @@ LARGE_CANCELLATION = 2.0
 NAMED = 3
 
 _READING = (
-    "an attribution along the straight path from BASE to TUNED, which training did not take; it is "
-    "not what a layer's removal costs, nor what it gains alone; ± is the interval that decides, by "
-    "blocks of neighbouring sequences; a sum of the largest directions, chosen on this text, is "
-    "too high for other text"
+    "a row's part of the gain is attributed along the straight path from BASE to TUNED, which "
+    "training did not take, and adds up over rows; lost without: what TUNED loses without the "
+    "row's update; alone: what BASE has with it only; none says what training without it would "
+    "reach; ± is the interval that decides, by blocks of neighbouring sequences; a sum of the "
+    "largest directions, chosen on this text, is too high for other text"
 )
 
 
@@ -42,14 +49,11 @@ def is_significant(gain: Gain) -> bool:
 
 
 def share_of(records: Sequence[LayerGain], gain: Gain) -> tuple[float, float | None]:
-    """Return the fraction of the gain that layers carry together, and half of its interval (ratio
-    estimator).
-    """
-    share = sum(record.gain for record in records) / gain.gain
+    """Return the fraction of the gain that layers carry together, and half of its interval."""
     own = np.sum([record.by_sequence for record in records], axis=0)
     whole = np.subtract(gain.base_nll, gain.tuned_nll)
-    errors = paired_errors((own - share * whole)[:, None], gain.predictions)
-    error = None if errors is None else float(errors[0]) / abs(gain.gain)
+    share, error = paired_ratio(own, whole, gain.predictions)
+    assert share is not None
     return share, paired_half(error, len(gain.predictions))
 
 
@@ -63,7 +67,7 @@ def gain_lines(results: Results[Any]) -> list[Statement]:
     statements: list[Statement] = []
     for gain in results.whole_of(Gain):
         statements += _describe(gain, records_on(results, gain))
-    return probe_summary(results, *statements, reading=_READING)
+    return probe_summary(results, *statements, *choice_lines(results), reading=_READING)
 
 
 def gain_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -82,7 +86,9 @@ def gain_grids(results: Results[Any], per: str = "type") -> list[Grid]:
         costs = [[by_layer[r.layer] for r in group if r.layer in by_layer] for group in groups]
         cells = tuple(_format_nats(group, other, -1) if group else "-" for group in costs)
         columns.append(Column(f"{short(other.set)} loss", cells))
-    return [grid_of([], rows, per, caption_of(results, *gains), _ABOUT, extra=columns)]
+    columns += group_columns(results, groups)
+    grid = grid_of([], rows, per, caption_of(results, *gains), _ABOUT, extra=columns)
+    return [grid, *choice_grids(results)]
 
 
 _ABOUT = (
@@ -100,10 +106,10 @@ def _list_columns(groups: Sequence[Sequence[LayerGain]], gain: Gain) -> list[Col
 
     columns = [column("gain", lambda group: _format_nats(group, gain), drop=2)]
     if is_significant(gain):
-        columns.append(column("of gain", lambda group: _percent(*share_of(group, gain))))
+        columns.append(column("of gain", lambda group: format_share(*share_of(group, gain))))
     if energy:
         columns.append(
-            column("energy", lambda group: _percent(sum(r.energy for r in group) / energy))
+            column("energy", lambda group: format_share(sum(r.energy for r in group) / energy))
         )
     columns += [
         column("gain @90%", lambda group: _count(_gains(group)), drop=1),
@@ -123,11 +129,6 @@ def _format_nats(group: Sequence[LayerGain], gain: Gain, sign: int = 1) -> str:
 
 def _noise(group: Sequence[LayerGain]) -> float:
     return sum(record.quadrature_error for record in group)
-
-
-def _percent(share: float, half: float | None = None) -> str:
-    limits = "" if half is None else f" ±{100 * half:.1f}"
-    return f"{100 * share:.1f}{limits}%"
 
 
 def _gains(records: Sequence[LayerGain]) -> list[float]:
@@ -185,7 +186,9 @@ def _describe_types(gain: Gain, records: Sequence[LayerGain]) -> str:
     named = []
     for kind in largest:
         part = sum(record.energy for record in types[kind]) / energy if energy else 0.0
-        named.append(f"{short(kind)} {_percent(*shares[kind])} (of energy {_percent(part)})")
+        named.append(
+            f"{short(kind)} {format_share(*shares[kind])} (of energy {format_share(part)})"
+        )
     return "; ".join(named)
 
 

@@ -75,8 +75,13 @@ READERS = {
 # Feature -> the other features that it may import. A written list: it should shrink. No two folders
 # import each other.
 BETWEEN = {
-    "decisions.allocate": {"probes.sweep"},
-    "decisions.extract": {"decisions.allocate", "diagnostics.spectrum", "probes.sweep"},
+    "decisions.allocate": {"diagnostics.spectrum", "probes.sweep"},
+    "decisions.extract": {
+        "decisions.allocate",
+        "diagnostics.spectrum",
+        "probes.gain",
+        "probes.sweep",
+    },
     "decisions.merge": {"decisions.extract"},
     "decisions.recover": {"decisions.allocate", "decisions.extract"},
     "diagnostics.fleet": set(),

@@ -27,6 +27,7 @@ FILES = {
 }
 TEXTS = {
     "held_out.txt": "in_domain.txt",
+    "text.txt": "shifted.txt",
     "shifted.txt": "shifted.txt",
     "TEXT": "in_domain.txt",
     "TRAIN_TEXT": "in_domain.txt",
@@ -64,6 +65,7 @@ STARTS = (
     f"probe truncation base full {EVAL} --ranks 1,4",
     "probe fisher base full --data held_out.txt --length 64 -o f.jsonl",
     "probe gain base lora --data held_out.txt --shifted shifted.txt --length 64 --nodes 3",
+    "probe gain base lora --data held_out.txt --eval held_out.txt --length 32 -o g.jsonl",
     "lint base run/checkpoint-100",
 )
 

@@ -19,6 +19,7 @@ from lora_diag.diagnostics.portability.record import Portability
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.probes.curvature.record import Curvature, LossBound
 from lora_diag.probes.fisher.record import Effect, Fisher
+from lora_diag.probes.gain.record import Gain, GainLoss, LayerGain
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.probes.sensitivity.record import Sensitivity
 from lora_diag.probes.strength.record import Strength, StrengthChoice
@@ -692,6 +693,30 @@ def fishers(
     return result
 
 
+def gained(types=TYPES, blocks=4, values=6):
+    """Return the records of ``probe gain``: a_i of each layer fall like 1, 1/2, …, its σ all alike;
+    the measured gain is somewhat above the attributed one.
+    """
+    result, total = [], 0.0
+    for place, kind in enumerate(types):
+        for block in range(blocks):
+            size = 0.01 * (place + 1) * (block + 1)
+            parts = tuple(size / number for number in range(1, values + 1))
+            layer = f"model.layers.{block}.{kind}.weight"
+            more = {"sigma": (1.0 + place,) * values, "directions": parts, "gain": sum(parts)}
+            more |= {"fro": (1.0 + place) * values**0.5, "shifted": False, "set": "text"}
+            result.append(build(LayerGain, layer=layer, shape=(8, 8), **more))
+            total += sum(parts)
+    nll = tuple(10.0 + i % 2 for i in range(16))
+    more = {"base_nll": nll, "tuned_nll": tuple(value - total for value in nll), "set": "text"}
+    more |= {"predictions": (1,) * 16, "gain_error": 0.001, "shifted": False}
+    result.append(build(Gain, gain=total, **more))
+    for amount, kept in ((1, 0.2), (8, 0.6), (32, 0.92)):
+        more = {"set": "end", "shifted": False, "kept": kept, "kept_error": 0.02, "sequences": 100}
+        result.append(build(GainLoss, subject="directions", amount=amount, **more))
+    return result
+
+
 def searched(ranks=(4, 16, 64), sets=("held_out", "other"), base=1.8):
     """Return the run of a search that chose the middle rank; more parameters lose less."""
     records = []
@@ -735,6 +760,7 @@ def example(name):
         "curvature": curved,
         "intrinsic": reached,
         "fisher": fishers,
+        "gain": gained,
     }
     if name == "tune":
         return searched()

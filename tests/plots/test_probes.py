@@ -54,6 +54,7 @@ BLIND = [record.model_copy(update={"hidden": None}) for record in making.said()]
         ("sensitivity", making.adapted()[:1], "no unit"),
         ("intrinsic", making.reached(sets=("shifted",)), "no set"),
         ("fisher", STILL, "no truncation"),
+        ("gain", making.gained()[:-4], "significant"),
         ("sweep", making.truncated(), "no sweep records"),
         ("heatmap", making.swept(), "no records"),
     ],
@@ -284,3 +285,30 @@ def test_fisher_shows_predictor_orders_and_unmeasured_tails():
         np.testing.assert_allclose(
             tail[:-1], [[r, sum(range(1, 5)) * (1 - r / 32) / 2] for r in range(1, 32)]
         )
+
+
+def test_gain_shows_curves_layers_and_modules():
+    records = making.gained()
+    curves, layers, modules, _ = plots.figure("gain", making.probed(records)).axes
+    of_layers = [record for record in records if record.record == "layer_gain"]
+    total = sum(record.gain for record in of_layers)
+    parts = np.sort(np.concatenate([record.directions for record in of_layers]))[::-1]
+    counts = np.arange(1, len(parts) + 1)
+    (gain,) = lines(curves, "attributed gain")
+    np.testing.assert_allclose(gain, np.stack([counts, np.cumsum(parts) / total], 1), atol=1e-12)
+    squares = np.sort(np.concatenate([np.square(record.sigma) for record in of_layers]))[::-1]
+    (energy,) = lines(curves, "energy")
+    np.testing.assert_allclose(energy[:, 1], np.cumsum(squares) / squares.sum())
+    measured = curves.containers[0][0].get_xydata()
+    np.testing.assert_allclose(measured, [[1, 0.2], [8, 0.6], [32, 0.92]])
+    whole = sum(record.fro**2 for record in of_layers)
+    for kind in making.TYPES:
+        own = [record for record in of_layers if f".{kind}." in record.layer]
+        expected = [[100 * r.fro**2 / whole, 100 * r.gain / total] for r in own]
+        np.testing.assert_allclose(lines(layers, kind)[0], expected)
+    cells = modules.images[0].get_array()
+    for row, kind in enumerate(making.TYPES):
+        for block in range(4):
+            (own,) = (r for r in of_layers if r.layer == f"model.layers.{block}.{kind}.weight")
+            assert cells[row, block] == pytest.approx(100 * own.gain / total)
+    assert next(label.get_text() for label in modules.get_yticklabels()) == "q_proj"

@@ -96,8 +96,8 @@ def suggest_next(results: Results[Spectrum], values: Mapping[str, Any]) -> Hint 
     # Not the rank at 90% of the energy: for the loss it was 50 times too large on a language model
     # (docs/evidence.md).
     return Hint(
-        f"probe truncation {{base}} {{tuned}}{selection} --eval held_out.txt",
-        "which rank the loss needs",
+        f"probe gain {{base}} {{tuned}}{selection} --data text.txt --eval held_out.txt",
+        "where the gain in loss is, and which rank it needs",
     )
 
 

@@ -5,6 +5,7 @@ Uses records only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
@@ -80,6 +81,14 @@ def find_costly(
     ]
 
 
+def half_of(record: GainLoss, comparisons: int | None = None) -> float:
+    """Return half of the interval of ``gap``, of 95% for so many comparisons together; infinite
+    without an error.
+    """
+    half = paired_half(record.gap_error, record.sequences, comparisons)
+    return math.inf if half is None else half
+
+
 def find_best_drop(results: Results[Any]) -> list[GainLoss]:
     """Return the measured losses on both texts of what is best dropped: the loss on the shifted
     text falls most and significantly, and on the other one the lower limit of the gain that is kept
@@ -89,7 +98,7 @@ def find_best_drop(results: Results[Any]) -> list[GainLoss]:
     count = sum(record.shifted for record in dropped)
     best: list[GainLoss] = []
     for other in dropped:
-        if not other.shifted or other.gap + other.half(count) >= 0:
+        if not other.shifted or other.gap + half_of(other, count) >= 0:
             continue
         own = next(r for r in dropped if not r.shifted and r.name == other.name)
         half = paired_half(own.kept_error, own.sequences, count)

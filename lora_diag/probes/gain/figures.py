@@ -21,7 +21,13 @@ from lora_diag.probes.gain.show import is_significant
 from lora_diag.records.names import depth_of, module_type_of, type_order
 from lora_diag.rendering.figures.pages import Page, Panel
 from lora_diag.rendering.figures.panels import set_rank_axis
-from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
+from lora_diag.rendering.figures.series import (
+    Options,
+    Series,
+    UndrawableError,
+    owner_of,
+    subject_of,
+)
 from lora_diag.rendering.figures.style import (
     CATEGORIES,
     DASHED,
@@ -40,45 +46,43 @@ MARKS = ("o", "s", "D", "v", "^")
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the panels of one run, on the text that is attributed.
+    """Return the panels of each run, on the text that is attributed.
 
     Raises:
-        UndrawableError: There are several runs, or no significant gain.
+        UndrawableError: A run has no significant gain.
     """
-    if len(series) > 1:
-        raise UndrawableError("one run is drawn at a time")
-    records = [record for record in series[0].records if not record.shifted]
-    gain = next(r for r in series[0].whole if isinstance(r, Gain) and not r.shifted)
-    if not is_significant(gain):
-        raise UndrawableError("the loss of TUNED does not differ significantly from that of BASE")
-    measured = [r for r in series[0].whole if isinstance(r, GainLoss) and not r.shifted]
-    split = [record for record in records if record.sigma]
-    types = sorted({module_type_of(record.layer) for record in split}, key=type_order)
-    kept = "fraction of gain, or energy"
-    curves = partial(_draw_curves, records=records, gain=gain, measured=measured)
-    layers = partial(_draw_layers, records=split, gain=gain, types=types)
-    panels = [
-        Panel("directions", curves, "number of directions", kept),
-        Panel("layers", layers, "part of ‖ΔW‖² (%)", "part of the gain (%)"),
-    ]
-    scale = None
-    if any(depth_of(record.layer) is not None for record in split):
+    panels: list[Panel] = []
+    norm = Normalize(0, 0)
+    for item in series:
+        split = [record for record in item.records if record.sigma and not record.shifted]
+        gain = next((r for r in item.whole if isinstance(r, Gain) and not r.shifted), None)
+        if gain is None or not split or not is_significant(gain):
+            raise UndrawableError("a gain that is significant, of layers in directions, is missing")
+        measured = [r for r in item.whole if isinstance(r, GainLoss) and not r.shifted]
+        types = sorted({module_type_of(record.layer) for record in split}, key=type_order)
+        curves = partial(_draw_curves, records=split, gain=gain, measured=measured)
+        layers = partial(_draw_layers, records=split, gain=gain, types=types)
         cells = _map_gain(split, gain, types)
-        norm = Normalize(min(0.0, float(np.nanmin(cells))), float(np.nanmax(cells)))
-        scale = ScalarMappable(norm, SHARES)
+        norm.vmin = min(norm.vmin or 0.0, float(np.nanmin(cells)))
+        norm.vmax = max(norm.vmax or 0.0, float(np.nanmax(cells)))
         names = [name_of(kind.rpartition(".")[2]) for kind in types]
-        draw = partial(_draw_map, cells=cells, norm=norm, names=names)
-        panels.append(Panel("modules", draw, "depth (block)"))
+        cell_map = partial(_draw_map, cells=cells, norm=norm, names=names)
+        owner = owner_of(item, series)
+        panels += [
+            Panel(f"{owner}directions", curves, "number of directions", "fraction of the whole"),
+            Panel(f"{owner}layers", layers, "part of ‖ΔW‖² (%)", "part of the gain (%)"),
+            Panel(f"{owner}modules", cell_map, "depth (block)"),
+        ]
     return Page(
         "Gain in loss of layers and directions",
         panels,
-        f"{subject_of(series)}L(W_0) − L(W_0 + ΔW) on {name_of(gain.set)}, attributed along the "
-        "straight path",
+        f"{subject_of(series)}L(W_0) − L(W_0 + ΔW), attributed along the straight path",
         [
             "Directions in the order of gain per parameter, energy in that of σ²; all else is as "
             "in TUNED. Measured: on text that did not choose. Dashed: gain as energy."
         ],
-        scale=scale,
+        columns=3 if style.columns >= 3 else 1,
+        scale=ScalarMappable(norm, SHARES),
         scale_label="part of the gain (%)",
     )
 
@@ -135,13 +139,11 @@ def _map_gain(
     records: Sequence[LayerGain], gain: Gain, types: Sequence[str]
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     """Return the percentage of the gain, ``(types, depths)``; NaN where there is no layer."""
-    depths = [depth for record in records if (depth := depth_of(record.layer)) is not None]
+    depths = [depth_of(record.layer) or 0 for record in records]
     cells = np.full((len(types), max(depths) + 1), np.nan)
-    for record in records:
-        depth = depth_of(record.layer)
-        if depth is not None:
-            cell = types.index(module_type_of(record.layer)), depth
-            cells[cell] = np.nansum([cells[cell], 100 * record.gain / gain.gain])
+    for record, depth in zip(records, depths, strict=True):
+        cell = types.index(module_type_of(record.layer)), depth
+        cells[cell] = np.nansum([cells[cell], 100 * record.gain / gain.gain])
     return cells
 
 

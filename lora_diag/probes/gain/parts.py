@@ -16,6 +16,7 @@ from lora_diag.probes.gain.choice import (
     THRESHOLDS,
     Direction,
     find_costly,
+    half_of,
     order_directions,
 )
 from lora_diag.probes.gain.record import GainLoss, LayerGain, Subject
@@ -151,7 +152,7 @@ class Parts:
         judge = self._judge(texts)
         judge.judge(dropped, later=2 * SEARCH)
         (base,) = self.records.find(record="gain_loss", set=texts[0].name, subject="base")
-        if not base.gap > base.half():
+        if not base.gap > half_of(base):
             return
 
         def suffices(part: Part) -> bool:

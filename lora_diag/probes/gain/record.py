@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from itertools import accumulate
 from typing import Annotated, ClassVar, Literal
 
-from lora_diag.metrics.statistics import paired_half
 from lora_diag.records.base import Count, Nats, Norm, Shown, WholeRecord
 
 
@@ -199,10 +197,3 @@ class GainLoss(WholeRecord):
         ),
     ]
     kept_error: float | None
-
-    def half(self, comparisons: int = 1) -> float:
-        """Return half of the interval of ``gap``, of 95% for so many comparisons together; infinite
-        without an error.
-        """
-        half = paired_half(self.gap_error, self.sequences, comparisons)
-        return math.inf if half is None else half

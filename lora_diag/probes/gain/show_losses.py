@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_diag.feature import Hint
 from lora_diag.metrics.statistics import paired_half
-from lora_diag.probes.gain.choice import SUFFICIENT, Chosen, find_best_drop
+from lora_diag.probes.gain.choice import SUFFICIENT, Chosen, find_best_drop, half_of
 from lora_diag.probes.gain.record import Gain, GainLoss, LayerGain
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of
@@ -120,9 +120,9 @@ def choice_lines(results: Results[Any]) -> list[Statement]:
     chose = {gain.set for gain in results.whole_of(Gain)}
     for base in records:
         is_judge = base.subject == "base" and not base.shifted and base.set not in chose
-        if is_judge and base.gap <= base.half():
+        if is_judge and base.gap <= half_of(base):
             text = "no significant gain, so nothing is searched: "
-            text += with_limits(base.gap, base.half())
+            text += with_limits(base.gap, half_of(base))
             statements.append(make_statement("enough", f"Gain on {short(base.set)}", text))
     if searched:
         label = f"Enough on {short(searched[0].set)}"
@@ -162,8 +162,8 @@ def _describe_drop(best: Sequence[GainLoss]) -> str:
     own, other = best
     return (
         f"without the {quantity(own.amount, 'direction')} that gain at most {own.name} of what "
-        f"they cost: loss on {short(other.set)} {with_limits(other.gap, other.half())}, on "
-        f"{short(own.set)} {with_limits(own.gap, own.half())}"
+        f"they cost: loss on {short(other.set)} {with_limits(other.gap, half_of(other))}, on "
+        f"{short(own.set)} {with_limits(own.gap, half_of(own))}"
     )
 
 
@@ -187,9 +187,11 @@ def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | Non
     """Return the next step: the adapter of the smaller choice that is enough; None without one."""
     found = [smallest_of(results.whole_of(GainLoss), each) for each in ("uniform", "directions")]
     best = min(filter(None, found), key=lambda record: record.params or 0, default=None)
-    if best is None or values.get("output") is None:
+    if best is None:
         return None
     how = f"--rank {best.amount}"
     if best.subject == "directions":
+        if values["output"] is None:
+            return None
         how = f"--directions {{output}} --keep {SUFFICIENT:g}"
     return Hint(f"extract {{base}} {{tuned}} {how} -o chosen/", "an adapter that keeps 90% of it")

@@ -22,7 +22,7 @@ def test_next_command_keeps_selection_of_layers():
     found = results([record("layers.0.q_proj.weight")], norms=1.0, ranks=[8], top=None)
     values = dict.fromkeys(("activations", "kfac", "output", "exclude"))
     hint = suggest_next(found, values | {"base": "b", "tuned": "t", "layers": "0.*q_proj"})
-    assert_names(hint.command, "probe truncation", "--layers {layers}")
+    assert_names(hint.command, "probe gain", "--layers {layers}")
     assert "exclude" not in hint.command
 
 

@@ -381,7 +381,7 @@ def test_command_prints_three_numbers_and_choices(case, loradiag):
 
 
 @pytest.mark.parametrize("by", ["type", "layer"])
-def test_shares_without_and_alone_of_all_layers_are_those_of_the_ends(case, tmp_path, by):
+def test_part_that_is_the_whole_update_has_all_of_it(case, tmp_path, by):
     """A part that is the whole update: nothing is left without it, and all is had alone."""
     base, tuned, text, *_ = case
     after, before = tensors(tuned), tensors(base)

@@ -228,14 +228,13 @@ def compare_choices(study: Study, path: str, budgets: Sequence[int]) -> list[tup
     return rows
 
 
-def order_layers(study: Study, path: str, judge: str) -> list[tuple[str, ...]]:
+def order_layers(study: Study, path: str, judge: str, pattern: str) -> list[tuple[str, ...]]:
     """Rank correlations with the measured loss of leaving a layer out, over layers and within
     types.
     """
-    chosen = lora_diag.probe_gain(*study.pair, data=path, **study.options)
-    effects = lora_diag.probe_gain(
-        *study.pair, data=judge, measure=True, by="layer", **study.options
-    )
+    options = {**study.options, "layers": pattern}
+    chosen = lora_diag.probe_gain(*study.pair, data=path, **options)
+    effects = lora_diag.probe_gain(*study.pair, data=judge, measure=True, by="layer", **options)
     gaps = {r.name: r.gap for r in effects.whole_of(GainLoss) if r.subject == "without"}
     records = [record for record in chosen.whole_of(LayerGain) if record.layer in gaps]
     records = [record for record in records if record.sigma]
@@ -243,6 +242,7 @@ def order_layers(study: Study, path: str, judge: str) -> list[tuple[str, ...]]:
         *study.pair,
         data=path,
         ranks=[0],
+        layers=pattern,
         max_sequences=study.options["max_sequences"],
         length=study.options["length"],
     )
@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument("--params", nargs="+", type=int, required=True, help="budgets")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=96)
-    parser.add_argument("--layers", action="store_true", help="also order layers by their effect")
+    parser.add_argument("--layers", help="pattern of layers to order by their effect, too")
     args = parser.parse_args()
     torch.manual_seed(0)
     study = Study(args)
@@ -298,7 +298,7 @@ def main() -> None:
         print_table(["choice", *(f"{n:,} parameters" for n in args.params)], rows)
     if args.layers:
         print("\nSpearman's ρ with the loss of leaving a layer out\n")
-        rows = order_layers(study, args.choose[0], args.judge)
+        rows = order_layers(study, args.choose[0], args.judge, args.layers)
         print_table(["measure", "all layers", "within types"], rows)
 
 

@@ -293,7 +293,7 @@ def probe_fisher(
     """
     run = ProbeRun("probe fisher", options, FisherOptions)
     evaluate, labels, seed = run.options["eval"], run.options["labels"], run.options["seed"]
-    check_ranks(run.options["ranks"])
+    check_ranks(run.options["ranks"], 0)
     if len(evaluate) > 1:
         raise UsageError(
             Given("eval"), "F is compared with measurements on one set", "give one file"
@@ -320,7 +320,7 @@ def probe_fisher(
         return passes * run.count_tokens(sets[:1]) + measured * run.count_tokens(sets[-1:])
 
     texts, *others = run.fit(sets, count_tokens, (*SEQUENCES, ("ranks", (8, 64)), ("ranks", (8,))))
-    ranks = check_ranks(run.options["ranks"])
+    ranks = check_ranks(run.options["ranks"], 0)
     effect_texts = (others or [texts])[0] if has_effects else None
     swapped = Swapped(model, deltas, max(ranks))
     probe = _Probe(run, swapped, modules, texts, effect_texts, ranks, Draw(labels, seed))

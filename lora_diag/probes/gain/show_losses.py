@@ -145,10 +145,10 @@ def _describe_enough(searched: Sequence[GainLoss]) -> list[str]:
         if not own:
             continue
         record = smallest_of(own, subject)
-        verb = "keeps only" if record is None else "keeps"
+        only = "only " if record is None else ""
         shown = record or own[-1]
-        text = f"{name.format(shown.amount)} {verb} {format_kept(shown)} of the gain"
-        lines.append(f"{text} ({shown.params:,} params)")
+        kept = f"{only}{format_kept(shown)} of the gain"
+        lines.append(f"{kept} with {name.format(shown.amount)} ({shown.params:,} params)")
     return lines
 
 

@@ -141,7 +141,7 @@ REFUSED = {
         ({"eigenvalues": 0, "tuned": None}, "eigenvalues=0"),
     ],
     "fisher": [
-        ({"labels": "mine"}, "labels"), ({"ranks": (0,)}, "ranks"), ({"data": "none.txt"}, "no such file", InputError),
+        ({"labels": "mine"}, "labels"), ({"ranks": (-1,)}, "ranks"), ({"data": "none.txt"}, "no such file", InputError),
         ({"layers": "nothing"}, "", NothingComparedError),
     ],
     "outputs": [

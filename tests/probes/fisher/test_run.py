@@ -21,7 +21,7 @@ from tests.probes.making import (
     tensors,
 )
 
-RANKS = (1, 3, 8)
+RANKS = (0, 1, 3, 8)
 
 
 def truth(base, tuned, sequences):

@@ -2,7 +2,7 @@
 order layers by their effect? ``python -m benchmarks.gain_choice BASE TUNED --choose TEXT… --judge
 TEXT``.
 
-Every choice is measured on the same text that did not choose, beside controls: energy, σ, the tails
+Every choice and these controls are measured on one text that did not choose: energy, σ, the tails
 of Fisher information and K-FAC, the gradient at TUNED alone, chance, one rank for all layers, and
 training the scales of the directions on the choosing text for as many passes.
 """

@@ -312,3 +312,11 @@ def test_gain_shows_curves_layers_and_modules():
             (own,) = (r for r in of_layers if r.layer == f"model.layers.{block}.{kind}.weight")
             assert cells[row, block] == pytest.approx(100 * own.gain / total)
     assert next(label.get_text() for label in modules.get_yticklabels()) == "q_proj"
+
+
+def test_map_of_gain_leaves_layers_outside_of_blocks_blank():
+    records = making.gained(types=("q_proj",), blocks=2)
+    outside = records[1].model_copy(update={"layer": "pooler.dense.weight"})
+    modules = plots.figure("gain", making.probed([records[0], outside, *records[2:]])).axes[2]
+    cells = np.ma.filled(modules.images[0].get_array(), np.nan)
+    assert np.isfinite(cells).sum() == 1

@@ -108,14 +108,6 @@ def find_best_drop(results: Results[Any]) -> list[GainLoss]:
     return best
 
 
-def measured_counts(results: Results[Any]) -> list[GainLoss]:
-    """Return the losses of the directions with the largest gain per parameter on the text that
-    judges, by their number.
-    """
-    found = [r for r in results.whole_of(GainLoss) if r.subject == "directions" and not r.shifted]
-    return sorted(found, key=lambda record: record.amount)
-
-
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """Directions for an adapter.
@@ -157,7 +149,10 @@ def choose_directions(
     records = [record for record in results.whole_of(LayerGain) if not record.shifted]
     if drop:
         return _drop(results, records, subject)
-    ordered, counts = order_directions(records), measured_counts(results)
+    ordered = order_directions(records)
+    measured = [record for record in results.whole_of(GainLoss) if not record.shifted]
+    searched = [record for record in measured if record.subject == "directions"]
+    counts = sorted(searched, key=lambda record: record.amount)
     if keep is not None:
         found = next((r for r in counts if r.kept is not None and r.kept >= keep), None)
         if found is None:
@@ -191,6 +186,6 @@ def _drop(results: Results[Any], records: Sequence[LayerGain], subject: Given) -
     if results.run.settings.get("top") is not None:
         raise UsageError(subject, "not all directions were split", "measure without $top")
     elsewhere = [record for record in results.whole_of(LayerGain) if record.shifted]
-    costly = find_costly(records, elsewhere, float(best[0].name))
+    costly = set(find_costly(records, elsewhere, float(best[0].name)))
     kept = [direction for direction in directions_of(records) if direction not in costly]
     return Chosen(kept, best, True)

@@ -63,8 +63,8 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         curves = partial(_draw_curves, records=split, gain=gain, measured=measured)
         layers = partial(_draw_layers, records=split, gain=gain, types=types)
         cells = _map_gain(split, gain, types)
-        norm.vmin = min(norm.vmin or 0.0, float(np.nanmin(cells)))
-        norm.vmax = max(norm.vmax or 0.0, float(np.nanmax(cells)))
+        norm.vmin = min(norm.vmin or 0.0, np.nanmin(cells, initial=0.0))
+        norm.vmax = max(norm.vmax or 0.0, np.nanmax(cells, initial=0.0))
         names = [name_of(kind.rpartition(".")[2]) for kind in types]
         cell_map = partial(_draw_map, cells=cells, norm=norm, names=names)
         owner = owner_of(item, series)
@@ -105,7 +105,7 @@ def _draw_curves(
     ):
         counts = np.arange(1, len(values) + 1)
         ax.plot(counts, start + np.cumsum(values), color=color, label=label, **line)
-    points = sorted((r for r in measured if r.subject == "directions"), key=lambda r: r.amount)
+    points = [r for r in measured if r.subject == "directions" and r.kept is not None]
     if points:
         halves = [paired_half(r.kept_error, r.sequences) or 0.0 for r in points]
         x, y = [r.amount for r in points], [r.kept or 0.0 for r in points]
@@ -138,10 +138,12 @@ def _draw_layers(
 def _map_gain(
     records: Sequence[LayerGain], gain: Gain, types: Sequence[str]
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """Return the percentage of the gain, ``(types, depths)``; NaN where there is no layer."""
-    depths = [depth_of(record.layer) or 0 for record in records]
-    cells = np.full((len(types), max(depths) + 1), np.nan)
-    for record, depth in zip(records, depths, strict=True):
+    """Return the percentage of the gain, ``(types, depths)``; NaN where there is no layer, as
+    for types outside of the blocks.
+    """
+    blocks = [(depth, r) for r in records if (depth := depth_of(r.layer)) is not None]
+    cells = np.full((len(types), max((depth for depth, _ in blocks), default=0) + 1), np.nan)
+    for depth, record in blocks:
         cell = types.index(module_type_of(record.layer)), depth
         cells[cell] = np.nansum([cells[cell], 100 * record.gain / gain.gain])
     return cells

@@ -25,8 +25,8 @@ _ABOUT = (
     "the largest gain per parameter. All else as in TUNED."
 )
 _ABOUT_DROPPED = (
-    "Loss without the directions whose gain is at most a fraction of what they cost on the shifted "
-    "text."
+    "Loss without the directions whose gain is at most 0 to 1 times (≤) what they cost on the "
+    "shifted text."
 )
 
 
@@ -81,7 +81,7 @@ def choice_grids(results: Results[Any]) -> list[Grid]:
     searched: dict[str, list[GainLoss]] = {}
     for record in sorted(results.whole_of(GainLoss), key=lambda record: record.amount):
         if record.subject == "dropped":
-            name = f"{record.amount} ≤ {record.name} × cost"
+            name = f"{record.amount} (≤ {record.name})"
             dropped.setdefault(name, []).append(record)
         elif record.subject == "directions":
             searched.setdefault(quantity(record.amount, "direction"), []).append(record)
@@ -161,9 +161,10 @@ def _describe_drop(best: Sequence[GainLoss]) -> str:
         )
     own, other = best
     return (
-        f"without the {quantity(own.amount, 'direction')} that gain at most {own.name} of what "
-        f"they cost: loss on {short(other.set)} {with_limits(other.gap, half_of(other))}, on "
-        f"{short(own.set)} {with_limits(own.gap, half_of(own))}"
+        f"without the {quantity(own.amount, 'direction')} that gain at most {own.name} "
+        f"times what they cost: loss on {short(other.set)} "
+        f"{with_limits(other.gap, half_of(other))}, on {short(own.set)} "
+        f"{with_limits(own.gap, half_of(own))}"
     )
 
 

@@ -259,7 +259,7 @@ def loss_record(subject, shifted, gap, kept, name="0", error=0.01):
 
 @pytest.mark.parametrize(
     ("cost", "kept", "is_dropped"),
-    [(-0.1, 0.99, True), (-0.1, 0.91, False), (-0.0215, 0.99, False), (0.1, 0.99, False)],
+    [(-0.1, 0.99, True), (-0.1, 0.91, False), (-0.0235, 0.99, False), (0.1, 0.99, False)],
     ids=["saves", "keeps-too-little", "significant-only-alone", "costs"],
 )
 def test_only_what_saves_significantly_is_dropped(case, cost, kept, is_dropped):
